@@ -1,0 +1,500 @@
+"""All nouns of the engine: programs, requests, tracks, sequences, spans, and the messages in and out.
+
+Everything above the line "Mutable state" is frozen plain data that may cross a process boundary. Nothing here
+knows about HTTP, JSON or a strategy's name.
+
+Exception tree::
+
+    TrimtabError
+    ├── BadRequest          the request cannot be served as asked (HTTP 400); `param` names the field
+    ├── UnknownModel        a model id that is not served (HTTP 404)
+    ├── Overloaded          the queue is full (HTTP 503 with Retry-After)
+    ├── ModelLoadError      a model directory cannot be loaded or would be served wrongly (start-up)
+    └── EngineFailure       a request failed inside the engine (HTTP 500)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+
+Message = Mapping[str, Any]  # a chat message as OpenAI defines it: {"role": ..., "content": ...}
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class TrimtabError(Exception):
+    """Base of every error that Trimtab raises for its users."""
+
+
+class BadRequest(TrimtabError):
+    """The request cannot be served as asked.
+
+    `param` names the field in the request, `code` is OpenAI's machine-readable code if there is one.
+    """
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.param, self.code = message, param, code
+
+
+class UnknownModel(BadRequest):
+    """A model id that this server does not serve."""
+
+    def __init__(self, model: str, known: Seq[str] = (), param: str | None = "model") -> None:
+        served = f" Served: {', '.join(known)}." if known else ""
+        super().__init__(f"The model '{model}' does not exist.{served}", param, "model_not_found")
+
+
+class Overloaded(TrimtabError):
+    """The queue is full; try again after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ModelLoadError(TrimtabError):
+    """A model cannot be loaded, or could be loaded but would be served wrongly."""
+
+
+class EngineFailure(TrimtabError):
+    """A request failed inside the engine through no fault of its own."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Programs: what a request asks for
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a role is shown of the request (design: views).
+
+    auto      chat request: the model's chat template, else the plain view; text prompt: the text
+    plain     message contents joined by blank lines (or the model's `plain_template`)
+    chat      a text prompt becomes the user turn of the model's chat template
+    system    as auto, under the system prompt `text`
+    prefix    `text` stands before the plain view or the text prompt
+    messages  another conversation altogether
+    text      another text altogether
+    """
+
+    kind: Literal["auto", "plain", "chat", "system", "prefix", "messages", "text"] = "auto"
+    text: str = ""
+    messages: tuple[Message, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """A model as one term of a policy uses it: the model, an adapter on it or none, and a view of the request."""
+
+    model: str
+    adapter: str | None = None
+    view: View = View()
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One weighted summand of the mixed logits."""
+
+    name: str
+    role: Role
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A weighted mix of models' logits: sum_j weight_j z_j, fp32. A term of weight 0 is dropped, not multiplied."""
+
+    terms: tuple[Term, ...]
+
+    def __post_init__(self) -> None:
+        assert self.terms, "a policy has at least one term"
+        names = [term.name for term in self.terms]
+        assert len(set(names)) == len(names), f"term names repeat: {names}"
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What the next-token distribution of a request is. `strategy` is a label for reports only.
+
+    `lossless` says whether the text is an exact sample of the policy.
+    """
+
+    strategy: str
+    policy: Policy
+    lossless: bool = True
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Model ids that the program uses, in order of first use."""
+        return tuple(dict.fromkeys(term.role.model for term in self.policy.terms))
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn from the mixed distribution, and when to stop. Defaults are OpenAI's.
+
+    top_k 0, top_p 1, min_p 0 are off; temperature 0 is greedy. `logprobs` and `prompt_logprobs`: None is off,
+    k >= 0 reports the chosen token and the k best. `max_tokens` None: as many as fit.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    min_tokens: int = 0
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A program with its prompts rendered to ids, ready for the engine.
+
+    `prompts` has one id list per term of the policy, in order; `text_model` names the model whose tokenizer
+    turns output ids into text; `eos_ids` are the stop ids of the mix, `width` its number of ids. The first term is
+    the request's main one.
+    """
+
+    id: str
+    program: Program
+    prompts: tuple[tuple[int, ...], ...]
+    sampling: Sampling
+    text_model: str
+    width: int
+    eos_ids: tuple[int, ...] = ()
+    n: int = 1
+    salt: str = ""
+    arrival: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        assert len(self.prompts) == len(self.program.policy.terms), "one prompt per term"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """One entry of the `models` section of the configuration: what to load and how to serve it."""
+
+    id: str
+    path: str
+    kind: Literal["causal", "reward", "prm", "guard", "judge", "adapter", "self_eval"] = "causal"
+    of: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    kv_memory: int | None = None
+    plain_template: str | None = None
+    view: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Engine-wide settings. Memory in bytes; `kv_memory` None takes a share of what is free after loading."""
+
+    kv_memory: int | None = None
+    block_size: int = 16
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 1024
+    max_logit_rows: int = 512
+    max_queue: int = 1024
+    prefix_cache: bool = True
+    compile: bool = True
+    self_check: bool = True
+    threads: int | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Messages out of the engine
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of one token under the mix at T = 1, natural log, and of the best ones (id, log-prob)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New tokens of one choice. `text` is what may be shown now; `finish_reason` is set on the last one.
+
+    `stop_reason`: the stop string or stop id that ended the text, None for EOS and length.
+    """
+
+    request_id: str
+    index: int
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log-probabilities of the prompt's ids under the mix; the first entry is None. Sent once, before any Delta."""
+
+    request_id: str
+    logprobs: tuple[TokenLogprob | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request cost. `forwards`: (model id, forward passes it took part in)."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    preemptions: int = 0
+    forwards: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Every choice of the request has finished (or it was aborted); nothing more follows."""
+
+    request_id: str
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request ended in an error; nothing more follows. `kind` is the exception's class name."""
+
+    request_id: str
+    kind: Literal["BadRequest", "UnknownModel", "Overloaded", "EngineFailure"]
+    message: str
+    param: str | None = None
+    code: str | None = None
+
+
+Event = Delta | PromptLogprobs | Done | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the engine tells about a loaded model: `width` is the logits' width, `kv_tokens` the pool's capacity."""
+
+    id: str
+    max_model_len: int
+    width: int
+    kv_tokens: int
+    parameters: int
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStats:
+    """Counters of one model since start, except `kv_used` (share of blocks in use now, 0 to 1)."""
+
+    id: str
+    forwards: int
+    tokens: int
+    forward_seconds: float
+    kv_used: float
+    prefix_hits: int
+    prefix_queries: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A snapshot of the engine: gauges `running`, `waiting` in sequences; the rest are counters since start."""
+
+    running: int
+    waiting: int
+    ticks: int
+    preemptions: int
+    aborts: int
+    models: tuple[ModelStats, ...]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One packed forward of one model
+
+
+@dataclass(slots=True)
+class SpanInput:
+    """A run of positions of one track as the runner sees it.
+
+    Positions `start .. start + len(token_ids)` of a track whose keys and values lie in `blocks` (block table, long
+    enough for every position of the span). `rows`: offsets into the span whose logits are wanted, ascending.
+    """
+
+    token_ids: Seq[int]
+    start: int
+    blocks: Seq[int]
+    rows: Seq[int]
+    adapter: str | None = None
+
+
+@dataclass(slots=True)
+class Rows:
+    """What one packed forward returns, in the order of its spans and their `rows`.
+
+    logits: [R, width]; hidden: [R, hidden] last hidden states before the head, or None if not asked for.
+    """
+
+    logits: torch.Tensor
+    hidden: torch.Tensor | None = None
+
+
+class ModelRunner(Protocol):
+    """What the engine needs of a hosted model; `decoding.runner.Runner` is the real one, tests have fakes."""
+
+    id: str
+    width: int
+    max_model_len: int
+    parameters: int
+    dtype: torch.dtype
+    device: torch.device
+    cost: float  # seconds a token, measured; only ratios between models matter
+
+    def kv_bytes_per_block(self, block_size: int) -> int: ...
+
+    def allocate(self, num_blocks: int, block_size: int) -> None: ...
+
+    def copy_blocks(self, pairs: Seq[tuple[int, int]]) -> None: ...
+
+    def forward(self, spans: Seq[SpanInput], want_hidden: bool = False) -> Rows: ...
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Mutable state, inside the engine only
+
+
+@dataclass(slots=True, eq=False)
+class Track:
+    """One term's model looking at one hypothesis: its own prompt, block table and progress.
+
+    Positions count from the prompt's first id; position `len(prompt) + i` is output token i. `keys` are the chained
+    prefix-cache keys of the leading full blocks, made when first needed and kept over a preemption.
+    """
+
+    term: int
+    model: str
+    prompt: tuple[int, ...]
+    root: bytes
+    adapter: str | None = None
+    blocks: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    keys: list[bytes] = field(default_factory=list)
+    published: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One hypothesis: the unit that is admitted, preempted and freed. All its tracks share `output`.
+
+    `next_row` counts on the shared axis where 0 is the first output token and -1 the last prompt position; it is the
+    first position whose mixed row is still wanted (the row at position r predicts the token at r + 1).
+    """
+
+    group: Group
+    index: int
+    path: tuple[int, ...]
+    tracks: list[Track]
+    next_row: int = -1
+    output: list[int] = field(default_factory=list)
+    counts: dict[int, int] = field(default_factory=dict)  # of output ids, for the penalties
+    running: bool = False
+    finished: bool = False
+    last_tick: int = -1
+    text: Any = None  # decoding.engine.Text
+
+    @property
+    def order(self) -> tuple[float, int, int]:
+        """Age: the smaller, the earlier it is served and the later it is preempted."""
+        return (self.group.request.arrival, self.group.serial, self.index)
+
+    @property
+    def rows_wanted(self) -> int:
+        """Rows from `next_row` to the one that predicts the next token (which `max_tokens` 0 does not want)."""
+        return len(self.output) - self.next_row - (self.group.max_output == 0)
+
+    def ids(self, track: Track, start: int, end: int) -> Seq[int]:
+        """Ids at positions start .. end of `track`."""
+        n = len(track.prompt)
+        if start >= n:
+            return self.output[start - n : end - n]
+        if end <= n:
+            return track.prompt[start:end]
+        return [*track.prompt[start:], *self.output[: end - n]]
+
+    def target(self, track: Track) -> int:
+        """Absolute position of `next_row` in `track`: everything before it may be computed at any time."""
+        return len(track.prompt) + self.next_row
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """A request inside the engine: its sequences and what it has cost so far."""
+
+    request: Request
+    serial: int
+    weights: tuple[float, ...]  # of the tracks, zero-weight terms already dropped
+    width: int  # of the mixed row: the model's own for one model, else the shared vocabulary
+    max_output: int
+    sequences: list[Sequence] = field(default_factory=list)
+    unforked: list[Sequence] = field(default_factory=list)  # wait for their root's prefill
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    forwards: dict[str, int] = field(default_factory=dict)
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+    last_tick: int = -1
+
+
+@dataclass(slots=True)
+class Span:
+    """Positions `start .. start + count` of one track to be computed in this tick; the last `rows` give logits."""
+
+    sequence: Sequence
+    track: Track
+    start: int
+    count: int
+    rows: int
+
+
+@dataclass(slots=True)
+class Sample:
+    """Rows of one sequence in this tick: `count` mixed rows from shared position `first` on.
+
+    `offsets[j]` is the first row of track j in its model's `Rows` of this tick.
+    """
+
+    sequence: Sequence
+    first: int
+    count: int
+    offsets: list[int]
+
+
+@dataclass(slots=True)
+class Plan:
+    """One tick: spans per model, in packing order, and the rows that are mixed and sampled."""
+
+    spans: dict[str, list[Span]] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+    pending: dict[str, set[bytes]] = field(default_factory=dict)  # prefix keys that this tick computes, per model
+    tokens: float = 0.0  # budgets that are left; tokens in units of the dearest model's
+    rows: int = 0

@@ -1,0 +1,269 @@
+"""Which positions are computed in a tick: admission, budgets, fairness, prefix hits, preemption, forks.
+
+One rule covers prefill, chunked prefill, prefix hits, decode, preemption and forks: a track needs positions
+`num_computed ..` of its prompt and output. Positions before the sequence's next wanted row are private to the track
+and computed whenever there is budget; from that row on, all tracks of the sequence go in lockstep, because their
+rows are mixed in the same tick.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable, Mapping
+
+from decoding.core import EngineConfig, Group, Plan, Sample, Sequence, Span, Track
+from decoding.kv import BlockPool, chain_key
+
+
+class Scheduler:
+    """Waiting and running sequences over one block pool per model.
+
+    `costs`: seconds a token of each model; only their ratios count.
+    """
+
+    def __init__(self, pools: Mapping[str, BlockPool], costs: Mapping[str, float], config: EngineConfig) -> None:
+        self.pools, self.config = pools, config
+        dearest = max(costs.values())
+        self._price = {model: cost / dearest for model, cost in costs.items()}
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.tick = 0
+        self.preemptions = 0
+
+    # -- the queue ----------------------------------------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence by age."""
+        insort(self.waiting, sequence, key=lambda s: s.order)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and free its blocks."""
+        if sequence.running:
+            self.running.remove(sequence)
+            sequence.running = False
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self._free(sequence)
+
+    def fork(self, root: Sequence, child: Sequence) -> list[tuple[str, int, int]]:
+        """Start `child` on `root`'s blocks up to its own next row; returns (model, source, target) blocks to copy.
+
+        Full blocks are shared, the partial one is copied. A child that cannot run now waits without blocks and
+        catches up through the prefix cache, so a fork never needs memory to succeed.
+        """
+        copies: list[tuple[str, int, int]] = []
+        needs: dict[str, int] = {}
+        for track in child.tracks:
+            partial = child.target(track) % self.pools[track.model].block_size != 0
+            needs[track.model] = needs.get(track.model, 0) + partial
+        fits = all(self.pools[model].available >= need for model, need in needs.items())
+        if not fits or len(self.running) >= self.config.max_num_seqs:
+            self.add(child)
+            return []
+        for mine, theirs in zip(child.tracks, root.tracks, strict=True):
+            pool = self.pools[mine.model]
+            position = child.target(mine)
+            assert theirs.num_computed >= position
+            full = position // pool.block_size
+            mine.blocks = [pool.share(block) for block in theirs.blocks[:full]]
+            mine.keys, mine.published = theirs.keys[:full], min(theirs.published, full)
+            if position % pool.block_size:
+                mine.blocks.append(pool.allocate())
+                copies.append((mine.model, theirs.blocks[full], mine.blocks[-1]))
+            mine.num_computed = position
+        self._run(child)
+        return copies
+
+    def check(self) -> None:
+        """Assert that pools and block tables agree."""
+        for model, pool in self.pools.items():
+            tracks = [t for s in [*self.running, *self.waiting] for t in s.tracks if t.model == model]
+            pool.check([t.blocks for t in tracks])
+            assert all(len(t.blocks) >= pool.blocks_for(t.num_computed) for t in tracks)
+        assert all(not t.blocks for s in self.waiting for t in s.tracks), "a waiting sequence holds blocks"
+        assert all(s.running for s in self.running)
+        assert not any(s.running for s in self.waiting)
+
+    # -- a tick -------------------------------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        """The spans and rows of the next tick. Allocates their blocks, preempting where memory is short."""
+        self.tick += 1
+        self._admit()
+        plan = Plan(tokens=float(self.config.max_num_batched_tokens), rows=self.config.max_logit_rows)
+        ready: list[Sequence] = []
+        behind: list[Sequence] = []
+        for sequence in self.running:
+            caught_up = all(track.num_computed == sequence.target(track) for track in sequence.tracks)
+            (ready if caught_up else behind).append(sequence)
+        for sequence in self._fair(ready):
+            if sequence.running:
+                self._schedule(sequence, plan)
+        plan.tokens = max(plan.tokens, float(self.config.block_size))  # decoding never starves prefill altogether
+        for sequence in sorted(behind, key=lambda s: s.order):
+            if sequence.running:
+                self._schedule(sequence, plan)
+        return plan
+
+    def commit(self, plan: Plan) -> None:
+        """The plan's positions are computed: move the tracks on and publish their full blocks."""
+        for spans in plan.spans.values():
+            for span in spans:
+                track = span.track
+                track.num_computed = span.start + span.count
+                if self.config.prefix_cache:
+                    pool = self.pools[track.model]
+                    while (track.published + 1) * pool.block_size <= track.num_computed:
+                        pool.publish(track.blocks[track.published], self._key(span.sequence, track, track.published))
+                        track.published += 1
+
+    def _fair(self, ready: list[Sequence]) -> list[Sequence]:
+        """Oldest first; if there are more rows than the budget, one row per request in turn, the least served first."""
+        if sum(len(s.tracks) for s in ready) <= self.config.max_logit_rows:
+            return sorted(ready, key=lambda s: s.order)
+        turn: dict[Group, int] = {}
+        ranked: list[tuple[int, int, int, Sequence]] = []
+        for sequence in sorted(ready, key=lambda s: (s.last_tick, s.order)):
+            group = sequence.group
+            turn[group] = turn.get(group, -1) + 1
+            ranked.append((turn[group], group.last_tick, group.serial, sequence))
+        ranked.sort(key=lambda entry: entry[:3])
+        return [entry[3] for entry in ranked]
+
+    def _admit(self) -> None:
+        if not self.waiting or len(self.running) >= self.config.max_num_seqs:
+            return
+        promised: dict[str, int] = dict.fromkeys(self.pools, 0)
+        for sequence in self.running:
+            for model, blocks in self._missing(sequence):
+                promised[model] += blocks
+        while self.waiting and len(self.running) < self.config.max_num_seqs:
+            sequence = self.waiting[0]
+            wanted = dict(promised)
+            for model, blocks in self._missing(sequence):
+                wanted[model] += blocks
+            fits = all(wanted[model] <= pool.available for model, pool in self.pools.items())
+            if not fits and self.running:
+                return
+            promised = wanted
+            self._run(self.waiting.pop(0))
+
+    def _missing(self, sequence: Sequence) -> Iterable[tuple[str, int]]:
+        """Blocks each track still lacks before its sequence's next token."""
+        for track in sequence.tracks:
+            pool = self.pools[track.model]
+            known = len(track.prompt) + len(sequence.output)
+            yield track.model, max(0, pool.blocks_for(known) - len(track.blocks))
+
+    def _schedule(self, sequence: Sequence, plan: Plan) -> None:
+        blocked = [self._hit_prefix(sequence, track, plan) for track in sequence.tracks]
+        needs = [sequence.target(track) - track.num_computed for track in sequence.tracks]
+        prices = [self._price[track.model] for track in sequence.tracks]
+        spare = plan.tokens - sum(need * price for need, price in zip(needs, prices))
+        rows = min(sequence.rows_wanted, plan.rows // len(sequence.tracks), int(spare / sum(prices)))
+        spans: list[Span] = []
+        if rows > 0 and not any(blocked):
+            for track, need in zip(sequence.tracks, needs):
+                spans.append(Span(sequence, track, track.num_computed, need + rows, rows))
+        else:
+            left = plan.tokens
+            for track, need, price, wait in zip(sequence.tracks, needs, prices, blocked):
+                chunk = 0 if wait else min(need, int(left / price))
+                if chunk > 0:
+                    spans.append(Span(sequence, track, track.num_computed, chunk, 0))
+                    left -= chunk * price
+        if spans and self._reserve(sequence, spans, plan):
+            self._put(sequence, spans, plan)
+
+    def _put(self, sequence: Sequence, spans: list[Span], plan: Plan) -> None:
+        sequence.last_tick = sequence.group.last_tick = self.tick
+        offsets: list[int] = []
+        for span in spans:
+            track, model = span.track, span.track.model
+            packed = plan.spans.setdefault(model, [])
+            offsets.append(sum(other.rows for other in packed))
+            packed.append(span)
+            plan.tokens -= span.count * self._price[model]
+            plan.rows -= span.rows
+            if self.config.prefix_cache:
+                size = self.pools[model].block_size
+                known = len(track.prompt) + len(sequence.output)
+                first, last = span.start // size, min(span.start + span.count, known) // size
+                if last > first:
+                    pending = plan.pending.setdefault(model, set())
+                    pending.update(self._key(sequence, track, i) for i in range(first, last))
+        if spans[0].rows:
+            plan.samples.append(Sample(sequence, sequence.next_row, spans[0].rows, offsets))
+
+    def _hit_prefix(self, sequence: Sequence, track: Track, plan: Plan) -> bool:
+        """Take cached blocks while there are any; True if the next block is being computed by another span now."""
+        pool = self.pools[track.model]
+        size, target = pool.block_size, sequence.target(track)
+        pending = plan.pending.get(track.model, ())
+        while (
+            self.config.prefix_cache
+            and len(track.blocks) * size == track.num_computed
+            and track.num_computed + size <= target
+        ):
+            key = self._key(sequence, track, len(track.blocks))
+            if key in pending:
+                return True
+            block = pool.find(key)
+            if block is None:
+                return False
+            track.blocks.append(pool.share(block))
+            track.num_computed += size
+            track.published = len(track.blocks)
+            if not sequence.group.preemptions and not sequence.output:
+                sequence.group.cached_tokens += size
+        return False
+
+    # -- memory -------------------------------------------------------------------------------------------------
+
+    def _reserve(self, sequence: Sequence, spans: list[Span], plan: Plan) -> bool:
+        """Allocate the spans' blocks. Where they lack, the youngest unscheduled sequence goes, at last `sequence`."""
+        while True:
+            needs: dict[str, int] = {}
+            for span in spans:
+                pool, track = self.pools[span.track.model], span.track
+                lack = pool.blocks_for(span.start + span.count) - len(track.blocks)
+                needs[track.model] = needs.get(track.model, 0) + max(0, lack)
+            if all(self.pools[model].available >= need for model, need in needs.items()):
+                break
+            younger = [s for s in self.running if s.order > sequence.order and s.last_tick != self.tick]
+            victim = max(younger, key=lambda s: s.order, default=sequence)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        for span in spans:
+            pool, track = self.pools[span.track.model], span.track
+            while len(track.blocks) < pool.blocks_for(span.start + span.count):
+                track.blocks.append(pool.allocate())
+        return True
+
+    def _run(self, sequence: Sequence) -> None:
+        sequence.running = True
+        self.running.append(sequence)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the queue without blocks; what it had computed is recomputed, or hit in the prefix cache."""
+        self.running.remove(sequence)
+        sequence.running = False
+        self._free(sequence)
+        self.add(sequence)
+        self.preemptions += 1
+        sequence.group.preemptions += 1
+
+    def _free(self, sequence: Sequence) -> None:
+        for track in sequence.tracks:
+            self.pools[track.model].release(track.blocks)
+            track.blocks = []
+            track.num_computed = track.published = 0
+
+    def _key(self, sequence: Sequence, track: Track, index: int) -> bytes:
+        size = self.pools[track.model].block_size
+        while len(track.keys) <= index:
+            i = len(track.keys)
+            parent = track.keys[-1] if track.keys else track.root
+            track.keys.append(chain_key(parent, sequence.ids(track, i * size, (i + 1) * size)))
+        return track.keys[index]
