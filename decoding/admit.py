@@ -1,0 +1,135 @@
+"""From a request to the sequences and tracks that the engine runs, or to the sentence that says why not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from decoding.core import BadRequest, Group, ModelRunner, Request, Role, Sequence, Track, UnknownModel
+from decoding.detokenizer import Detokenizer
+from decoding.kv import BlockPool, root_key
+from decoding.text import StopStrings, TextModel
+
+
+@dataclass(frozen=True, slots=True)
+class Hosted:
+    """A model as the engine holds it: weights, text side, and the KV memory in bytes that the operator set, if any."""
+
+    runner: ModelRunner
+    text: TextModel
+    kv_memory: int | None = None
+
+
+class OutputText:
+    """The text of one sequence: ids in, what may be shown out, cut at the first stop string."""
+
+    def __init__(self, model: TextModel, request: Request) -> None:
+        sampling = request.sampling
+        self._detokenizer = Detokenizer(model.vocabulary, sampling.skip_special_tokens)
+        self._stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
+
+    @property
+    def matched(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._stops.matched
+
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return self.matched is not None
+
+    def push(self, token: int, stops_apply: bool = True) -> str:
+        """Text that is final with this token. Before `min_tokens`, stop strings do not apply."""
+        piece = self._detokenizer.push((token,))
+        return self._stops.push(piece) if stops_apply else piece
+
+    def finish(self) -> str:
+        """The rest of the text."""
+        return self._stops.push(self._detokenizer.finish()) + self._stops.finish()
+
+
+def make_group(request: Request, serial: int, hosted: Mapping[str, Hosted], pools: Mapping[str, BlockPool]) -> Group:
+    """The request's sequences, not yet queued. Terms of weight 0 are dropped. Raises BadRequest, UnknownModel."""
+    terms = [(i, term) for i, term in enumerate(request.program.policy.terms) if term.weight != 0.0]
+    for _, term in terms:
+        if term.role.model not in hosted:
+            raise UnknownModel(term.role.model, tuple(hosted))
+        if term.role.adapter is not None:
+            raise BadRequest(f"No adapter '{term.role.adapter}' is loaded on '{term.role.model}'.", "decoding")
+    if not terms:
+        raise BadRequest("Every term of the policy has weight 0.", "decoding")
+    roles = [(term.name, term.role, request.prompts[i]) for i, term in terms]
+    room = _max_output(request.sampling.max_tokens, roles, hosted, pools)
+    group = Group(request, serial, tuple(term.weight for _, term in terms), request.width, room)
+    for index in range(request.n):
+        tracks = [
+            Track(j, role.model, prompt, root_key(role.model, role.adapter or "", request.salt), role.adapter)
+            for j, (_, role, prompt) in enumerate(roles)
+        ]
+        text = OutputText(hosted[request.text_model].text, request)
+        sequence = Sequence(group, index, (index,), tracks, text=text)
+        if request.sampling.prompt_logprobs is not None and index == 0:
+            sequence.next_row = -_scored(tracks) - 1
+        group.sequences.append(sequence)
+    return group
+
+
+def _max_output(
+    max_tokens: int | None,
+    roles: Seq[tuple[str, Role, tuple[int, ...]]],
+    hosted: Mapping[str, Hosted],
+    pools: Mapping[str, BlockPool],
+) -> int:
+    """Tokens that may follow: `max_tokens`, every role's context, and pools that must hold all roles at once."""
+    room = max_tokens
+    for name, role, prompt in roles:
+        limit = hosted[role.model].runner.max_model_len
+        left = limit - len(prompt)
+        if not prompt:
+            raise BadRequest(f"The prompt of role '{name}' is empty.", "prompt")
+        if left < 0 or (left == 0 and room != 0):
+            raise BadRequest(
+                f"The prompt of role '{name}' has {len(prompt)} tokens; '{role.model}' takes {limit} with the answer.",
+                "prompt",
+                "context_length_exceeded",
+            )
+        room = left if room is None else min(room, left)
+    assert room is not None
+    for model, pool in pools.items():
+        lengths = [len(prompt) for _, role, prompt in roles if role.model == model]
+        if lengths:
+            fits = _room(lengths, pool)
+            if fits < min(room, 1):
+                raise BadRequest(
+                    f"The KV memory of '{model}' holds {pool.num_blocks * pool.block_size} tokens, too few for this "
+                    f"prompt ({sum(lengths)} tokens). Raise --kv-memory.",
+                    "prompt",
+                    "context_length_exceeded",
+                )
+            room = min(room, fits)
+    return room
+
+
+def _room(lengths: Seq[int], pool: BlockPool) -> int:
+    """The most output tokens for which tracks with prompts of these lengths all fit into the pool; -1: none do."""
+    low, high = -1, pool.num_blocks * pool.block_size
+    while low < high:  # the blocks needed never fall as the output grows
+        middle = (low + high + 1) // 2
+        if sum(pool.blocks_for(length + middle) for length in lengths) <= pool.num_blocks:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _scored(tracks: Seq[Track]) -> int:
+    """How many prompt ids can be scored: all but the first, if every role's prompt ends with them."""
+    main = tracks[0].prompt
+    for track in tracks[1:]:
+        if len(track.prompt) < len(main) or track.prompt[len(track.prompt) - len(main) + 1 :] != main[1:]:
+            raise BadRequest(
+                "Log-probs of the prompt need every role to see the same prompt, but this policy shows them different "
+                "ones. Send the prompt as text or token ids, without views of its own per role.",
+                "echo",
+            )
+    return len(main) - 1

@@ -1,0 +1,86 @@
+"""The engine without a server: load models, collect completions.
+
+engine = Engine(load_models({"base": "models/base", "expert": "models/expert", "small": "models/small"}))
+program = proxy_tuning(ProxyTuning(expert="expert", anti="small"), "base")
+for completion in engine.generate(["Once upon a time"], program): print(completion.text)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from decoding.admit import Hosted
+from decoding.core import (
+    BadRequest,
+    Delta,
+    Done,
+    EngineFailure,
+    Event,
+    Failed,
+    FinishReason,
+    ModelSpec,
+    PromptLogprobs,
+    Request,
+    TokenLogprob,
+    Usage,
+)
+
+
+@dataclass(slots=True)
+class Completion:
+    """One finished choice. `logprobs` and `prompt_logprobs` are filled if the sampling asked for them."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    usage: Usage | None = None
+
+
+def load_models(
+    models: Mapping[str, str] | Iterable[ModelSpec], *, compile: bool = True, self_check: bool = True
+) -> dict[str, Hosted]:
+    """Load every model. `models`: id to Hugging Face directory or hub id, or full specs. Raises ModelLoadError."""
+    from decoding.models import load_model  # transformers takes seconds to import; fakes and tests need none of it
+    from decoding.text import TextModel
+
+    specs = [ModelSpec(id, path) for id, path in models.items()] if isinstance(models, Mapping) else list(models)
+    return {
+        spec.id: Hosted(
+            load_model(spec, compile=compile, self_check=self_check),
+            TextModel.load(spec),
+            spec.kv_memory,
+        )
+        for spec in specs
+    }
+
+
+def collect(step: Callable[[], list[Event]], requests: Seq[Request]) -> list[Completion]:
+    """Step until all `requests` have ended; their choices in order. Raises what made one of them fail."""
+    choices = {request.id: [Completion() for _ in range(request.n)] for request in requests}
+    open_ids = set(choices)
+    while open_ids:
+        for event in step():
+            mine = choices.get(event.request_id)
+            if mine is None:
+                continue
+            if isinstance(event, Delta):
+                choice = mine[event.index]
+                choice.text += event.text
+                choice.token_ids += event.token_ids
+                choice.logprobs += event.logprobs
+                choice.finish_reason, choice.stop_reason = event.finish_reason, event.stop_reason
+            elif isinstance(event, PromptLogprobs):
+                for choice in mine:
+                    choice.prompt_logprobs = event.logprobs
+            elif isinstance(event, Done):
+                for choice in mine:
+                    choice.usage = event.usage
+                open_ids.discard(event.request_id)
+            elif isinstance(event, Failed):
+                raise (BadRequest if event.kind == "BadRequest" else EngineFailure)(event.message)
+    return [choice for request in requests for choice in choices[request.id]]

@@ -1,0 +1,21 @@
+"""The model as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from decoding.core import Policy, Program, Role, Term
+from decoding.strategies.spec import Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """No parameters."""
+
+
+def build(params: Plain, model: str) -> Program:
+    """z = z_model."""
+    return Program("plain", Policy((Term("base", Role(model)),)))
+
+
+STRATEGY = Strategy("plain", "The model's own next-token distribution.", Plain, build)
