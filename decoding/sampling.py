@@ -35,7 +35,8 @@ def verify(z: torch.Tensor, sequences: Seq[Sequence], generator: torch.Generator
     reported = {i: k for i, k in enumerate(wants) if k is not None}
     lp = log_softmax_rows(z, list(reported))  # before the processors edit z
     for i, sequence in enumerate(sequences):
-        process(z[i], sequence)
+        if _processes(sequence):
+            process(z[i], sequence)
     best, tokens = z.max(dim=1)  # first of equal maxima: the lower id
     choice, alive = tokens.tolist(), torch.isfinite(best).tolist()
     drawing = [i for i, s in enumerate(sequences) if s.group.request.sampling.temperature > 0 and alive[i]]
@@ -50,8 +51,20 @@ def verify(z: torch.Tensor, sequences: Seq[Sequence], generator: torch.Generator
     return drawn
 
 
+def _processes(sequence: Sequence) -> bool:
+    """Whether `process` would change anything: most requests pay nothing for what they do not use."""
+    s = sequence.group.request.sampling
+    return (
+        s.allowed_token_ids is not None
+        or len(sequence.output) < s.min_tokens
+        or s.repetition_penalty != 1.0
+        or (bool(sequence.counts) and bool(s.presence_penalty or s.frequency_penalty))
+        or bool(s.logit_bias)
+    )
+
+
 def process(row: torch.Tensor, sequence: Sequence) -> None:
-    """Hard masks, penalties and bias on one row [W], in place. Costs nothing for a request that uses none."""
+    """Hard masks, penalties and bias on one row [W], in place."""
     request, s = sequence.group.request, sequence.group.request.sampling
     if s.allowed_token_ids is not None:
         allowed = torch.tensor([i for i in s.allowed_token_ids if i < row.shape[0]], device=row.device)
@@ -86,7 +99,10 @@ def draw(z: torch.Tensor, sequences: Seq[Sequence], generator: torch.Generator) 
     temperatures = torch.tensor([p.temperature for p in params], device=z.device)
     z = z / temperatures[:, None]
     tokens = [0] * n
-    whole = [i for i, p in enumerate(params) if not (p.top_k or p.top_p < 1.0 or p.min_p > 0.0)]
+    whole: list[int] = []
+    cut: list[int] = []
+    for i, p in enumerate(params):
+        (cut if p.top_k or p.top_p < 1.0 or p.min_p > 0.0 else whole).append(i)
     for unseeded in (False, True):
         rows = [i for i in whole if (params[i].seed is None) == unseeded]
         if rows:
@@ -94,7 +110,6 @@ def draw(z: torch.Tensor, sequences: Seq[Sequence], generator: torch.Generator) 
             part = z if len(rows) == n else z[rows]
             noise = _noise(part.shape, ids, None if unseeded else [sequences[i] for i in rows], generator, z.device)
             _put(tokens, rows, (part + noise).argmax(dim=1).tolist())
-    cut = [i for i in range(n) if i not in set(whole)]
     if cut:
         values, ids = truncate(z[cut], [params[i] for i in cut])  # [c, m] each, -inf beyond the kept
         noise = torch.empty_like(values)
