@@ -118,7 +118,12 @@ def test_budgets_do_not_change_the_texts(tokens: int, rows: int) -> None:
 def test_a_small_pool_gives_the_same_texts_and_counts_preemptions() -> None:
     requests = mixed_requests(3, 16, length=40)
     wanted = run(table_engine(models(), SMALL), requests)
-    need = sum(-(-(len(p) + 40) // 4) for r in requests for t, p in zip(r.program.policy.terms, r.prompts) if t.role.model == "base")
+    need = sum(
+        -(-(len(p) + 40) // 4)
+        for r in requests
+        for t, p in zip(r.program.policy.terms, r.prompts)
+        if t.role.model == "base"
+    )
     engine = table_engine(models(), SMALL, blocks=max(need // 8, 52))
     assert run(engine, requests) == wanted
     assert engine.stats().preemptions > 0
@@ -313,7 +318,9 @@ def test_a_stop_string_across_tokens_never_shows() -> None:
 
 def test_usage_counts_everything() -> None:
     engine = table_engine(models(), SMALL)
-    engine.submit(request("u", PROXY, [[1] * 9, [2] * 5, [3] * 7], Sampling(seed=1, max_tokens=6, ignore_eos=True), n=2))
+    engine.submit(
+        request("u", PROXY, [[1] * 9, [2] * 5, [3] * 7], Sampling(seed=1, max_tokens=6, ignore_eos=True), n=2)
+    )
     events = []
     while engine.has_work():
         events += engine.step()
