@@ -44,28 +44,40 @@ def noise_key(seed: int, path: Sequence[int], position: int, lane: Lane) -> int:
 def uniform(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Uniforms in (0, 1), fp32, of 23 bits: one per (row key, token id).
 
-    keys: [n, 2] int64, low and high 32 bits of `noise_key`; ids: [n, m] int64, or [1, m] for all rows alike.
-    Returns [n, m].
+    keys: [n, 2] int32, low and high half of `noise_key`; ids: [n, m] int, or [1, m] for all rows alike. Returns
+    [n, m]. Products and sums wrap at 32 bits.
     """
-    low, high = keys[:, :1], keys[:, 1:]  # [n, 1]
-    h = (ids * 0x9E3779B1 + low) & _MASK32
-    h = _mix32(h) ^ high
+    h = ids.to(torch.int32) * _GOLDEN + keys[:, :1]
+    h = _mix32(h).bitwise_xor_(keys[:, 1:])
     h = _mix32(h)
-    return ((h >> 9).float() + 0.5) * 2.0**-23
+    return h.bitwise_right_shift_(9).bitwise_and_(0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
 
 
 def gumbel(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel noise -log(-log u), fp32, shaped as `uniform`."""
-    return -torch.log(-torch.log(uniform(keys, ids)))
+    """Standard Gumbel noise -log(-log u), fp32, shaped as `uniform`; at most `GUMBEL_MAX`."""
+    return uniform(keys, ids).log_().neg_().log_().neg_()
 
 
 def key_tensor(keys: Sequence[int], device: torch.device) -> torch.Tensor:
-    """[n, 2] int64 of 64-bit keys, low half first."""
-    return torch.tensor([[key & _MASK32, key >> 32] for key in keys], dtype=torch.int64, device=device)
+    """[n, 2] int32 of 64-bit keys, low half first."""
+    return torch.tensor([[_signed(key), _signed(key >> 32)] for key in keys], dtype=torch.int32, device=device)
+
+
+def _signed(value: int) -> int:
+    """The low 32 bits as a signed number."""
+    return ((value & _MASK32) ^ 0x80000000) - 0x80000000
+
+
+_GOLDEN = _signed(0x9E3779B1)
+_FIRST, _SECOND = _signed(0x7FEB352D), _signed(0x846CA68B)
+GUMBEL_MAX = 16.7  # -log(-log(1 - 2^-24)) = 16.64, and room for rounding
 
 
 def _mix32(h: torch.Tensor) -> torch.Tensor:
-    """A bijective scramble of 32 bits held in int64 (constants: C. Wellons, "lowbias32")."""
-    h = ((h ^ (h >> 16)) * 0x7FEB352D) & _MASK32
-    h = ((h ^ (h >> 15)) * 0x846CA68B) & _MASK32
-    return h ^ (h >> 16)
+    """A bijective scramble of 32 bits, in place (constants: C. Wellons, "lowbias32"). Shifts are unsigned."""
+    h ^= (h >> 16).bitwise_and_(0xFFFF)
+    h *= _FIRST
+    h ^= (h >> 15).bitwise_and_(0x1FFFF)
+    h *= _SECOND
+    h ^= (h >> 16).bitwise_and_(0xFFFF)
+    return h

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from decoding.core import Sampling, Sequence, TokenLogprob
-from decoding.noise import Lane, gumbel, key_tensor, noise_key
+from decoding.noise import GUMBEL_MAX, Lane, gumbel, key_tensor, noise_key
 
-_CANDIDATES = 64  # kept sets are nearly always smaller; the rare larger one sorts its whole row
+_CANDIDATES = 128  # kept sets are nearly always smaller; the rare larger one sorts its whole row
 
 
 @dataclass(slots=True)
@@ -93,57 +94,103 @@ def process(row: torch.Tensor, sequence: Sequence) -> None:
 
 
 def draw(z: torch.Tensor, sequences: Seq[Sequence], generator: torch.Generator) -> list[int]:
-    """Sample one token per row of processed logits z [n, W] at each request's temperature and truncation."""
+    """Sample one token per row of processed logits z [n, W] at each request's temperature and truncation.
+
+    The draw is the argmax of log p + Gumbel noise where the noise is keyed, else the inverse of the cumulative sum.
+    """
     n = z.shape[0]
     params = [s.group.request.sampling for s in sequences]
-    temperatures = torch.tensor([p.temperature for p in params], device=z.device)
-    z = z / temperatures[:, None]
+    z = z / torch.tensor([p.temperature for p in params], device=z.device)[:, None]
     tokens = [0] * n
-    whole: list[int] = []
-    cut: list[int] = []
-    for i, p in enumerate(params):
-        (cut if p.top_k or p.top_p < 1.0 or p.min_p > 0.0 else whole).append(i)
-    for unseeded in (False, True):
-        rows = [i for i in whole if (params[i].seed is None) == unseeded]
-        if rows:
-            ids = torch.arange(z.shape[1], device=z.device)[None]  # [1, W]
-            part = z if len(rows) == n else z[rows]
-            noise = _noise(part.shape, ids, None if unseeded else [sequences[i] for i in rows], generator, z.device)
-            _put(tokens, rows, (part + noise).argmax(dim=1).tolist())
+    cut = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1.0 or p.min_p > 0.0]
+    whole = sorted(set(range(n)).difference(cut))
     if cut:
-        values, ids = truncate(z[cut], [params[i] for i in cut])  # [c, m] each, -inf beyond the kept
-        noise = torch.empty_like(values)
-        for unseeded in (False, True):
-            rows = [r for r, i in enumerate(cut) if (params[i].seed is None) == unseeded]
-            if rows:
-                who = None if unseeded else [sequences[cut[r]] for r in rows]
-                noise[rows] = _noise((len(rows), values.shape[1]), ids[rows], who, generator, z.device)
-        _put(tokens, cut, ids.gather(1, (values + noise).argmax(dim=1, keepdim=True))[:, 0].tolist())
+        values, ids, wide = truncate(z if len(cut) == n else z[cut], [params[i] for i in cut])
+        for row in wide:  # too many are kept for a short list: the whole row, with the others masked
+            z[cut[row]] = keep_mask(z[cut[row]], params[cut[row]])
+        whole += [cut[row] for row in wide]
+        place = {i: row for row, i in enumerate(cut) if row not in set(wide)}
+        for rows, who in _by_noise(list(place), params):
+            at = [place[i] for i in rows]
+            _put(tokens, rows, _pick(values[at], ids[at], [sequences[i] for i in rows] if who else None, generator))
+    for rows, who in _by_noise(whole, params):
+        part = z if rows == list(range(n)) else z[rows]
+        _put(tokens, rows, _pick(part, None, [sequences[i] for i in rows] if who else None, generator))
     return tokens
 
 
-def truncate(z: torch.Tensor, params: Seq[Sampling]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kept tokens of each row, best first: (values [n, m], -inf beyond the kept ones; ids [n, m]).
+def _by_noise(rows: list[int], params: Seq[Sampling]) -> list[tuple[list[int], bool]]:
+    """The rows in two parts, unseeded and seeded; empty parts are left out."""
+    seeded = [i for i in rows if params[i].seed is not None]
+    free = [i for i in rows if params[i].seed is None]
+    return [(part, who) for part, who in ((free, False), (seeded, True)) if part]
+
+
+def _pick(
+    z: torch.Tensor, ids: torch.Tensor | None, seeded: Seq[Sequence] | None, generator: torch.Generator
+) -> list[int]:
+    """One draw per row from softmax(z [n, m]); `ids` [n, m] names the columns, None if they are the ids themselves."""
+    if seeded is None:
+        cumulative = torch.softmax(z, 1).cumsum(1, dtype=torch.float64)  # [n, m]
+        u = torch.rand(z.shape[0], 1, generator=generator, device=z.device, dtype=torch.float64)
+        column = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)  # never a column of mass 0
+    else:
+        keys = key_tensor([_key(sequence) for sequence in seeded], z.device)
+        if ids is None:
+            return _gumbel_argmax(z, keys)
+        column = (z + gumbel(keys, ids)).argmax(dim=1, keepdim=True)
+    return (column if ids is None else ids.gather(1, column))[:, 0].tolist()
+
+
+def _gumbel_argmax(z: torch.Tensor, keys: torch.Tensor) -> list[int]:
+    """argmax of z + noise over whole rows [n, W], hashing only ids that can still win.
+
+    The noise is bounded, so once the likeliest id's score is known, ids further below it than the bound are out.
+    """
+    best, first = z.max(dim=1, keepdim=True)
+    floor = best + gumbel(keys, first) - GUMBEL_MAX  # [n, 1]
+    tokens: list[int] = []
+    for row in range(z.shape[0]):
+        ids = (z[row] >= floor[row]).nonzero()[:, 0]  # [c], ascending: the first maximum is the lower id
+        score = z[row, ids] + gumbel(keys[row : row + 1], ids[None])[0]
+        tokens.append(int(ids[score.argmax()]))
+    return tokens
+
+
+def truncate(z: torch.Tensor, params: Seq[Sampling]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """The kept tokens of each row, best first: (values [n, m], -inf beyond the kept ones; ids [n, m]; wide rows).
 
     Kept = the first k, then the shortest prefix of those whose probability reaches top_p (the crossing token
     included; Holtzman et al. 2020), then those at least min_p times as likely as the best (Nguyen et al. 2024).
+    `wide` lists the rows that keep too many for a short list: theirs is `keep_mask`.
     """
-    n, width = z.shape
-    most = min(width, max(_CANDIDATES, *(p.top_k for p in params)) + 1)
+    width = z.shape[1]
+    most = min(width, _CANDIDATES)
     values, ids = top_stable(z, most)
     kept = _kept(values, torch.logsumexp(z, 1), params)  # [n]
-    # A kept set that reaches the last candidate's value may go on beyond it: those rows are sorted whole.
-    edge = values.gather(1, (kept - 1)[:, None])[:, 0] == values[:, -1]
-    short = [i for i in range(n) if most < width and bool(edge[i])]
-    if short:
-        whole_values, whole_ids = torch.sort(z[short], dim=1, descending=True, stable=True)
-        whole_kept = _kept(whole_values, torch.logsumexp(z[short], 1), [params[i] for i in short])
-        m = max(most, int(whole_kept.max()))
-        values = torch.nn.functional.pad(values, (0, m - most), value=-torch.inf)
-        ids = torch.nn.functional.pad(ids, (0, m - most))
-        values[short], ids[short], kept[short] = whole_values[:, :m], whole_ids[:, :m], whole_kept
-    beyond = torch.arange(values.shape[1], device=z.device)[None] >= kept[:, None]
-    return values.masked_fill(beyond, -torch.inf), ids
+    # A kept set that reaches the last candidate's value may go on beyond it.
+    edge = (values.gather(1, (kept - 1)[:, None])[:, 0] == values[:, -1]).tolist()
+    wide = [i for i, at_edge in enumerate(edge) if at_edge and most < width]
+    beyond = torch.arange(most, device=z.device)[None] >= kept[:, None]
+    return values.masked_fill(beyond, -torch.inf), ids, wide
+
+
+def keep_mask(row: torch.Tensor, p: Sampling) -> torch.Tensor:
+    """The row [W] with everything that `p` truncates at -inf: what `truncate` keeps, for any number of kept ids."""
+    # Only values are sorted: numpy does that an order of magnitude faster than a stable sort with indices.
+    if row.device.type == "cpu":
+        values = torch.from_numpy(np.sort(-row.numpy())).neg_()
+    else:
+        values = torch.sort(row, descending=True).values
+    kept = int(_kept(values[None], torch.logsumexp(row, 0)[None], [p])[0])
+    ids = _first_ids(row, values[kept - 1], kept)
+    return torch.full_like(row, -torch.inf).index_copy_(0, ids, row[ids])
+
+
+def _first_ids(row: torch.Tensor, least: torch.Tensor, count: int) -> torch.Tensor:
+    """Ids of the `count` best of a row [W] whose count-th best value is `least`; equal values: the lower ids."""
+    above = (row > least).nonzero()[:, 0]
+    return torch.cat([above, (row == least).nonzero()[: count - len(above), 0]])
 
 
 def _kept(values: torch.Tensor, total: torch.Tensor, params: Seq[Sampling]) -> torch.Tensor:
@@ -151,8 +198,7 @@ def _kept(values: torch.Tensor, total: torch.Tensor, params: Seq[Sampling]) -> t
     device, m = values.device, values.shape[1]
     rank = torch.arange(m, device=device)[None]
     k = torch.tensor([p.top_k or 1 << 62 for p in params], device=device)[:, None]
-    finite = torch.isfinite(values)
-    in_k = (rank < k) & finite
+    in_k = (rank < k) & torch.isfinite(values)
     head = torch.logsumexp(values.masked_fill(~in_k, -torch.inf), 1)
     norm = torch.where(k[:, 0] < 1 << 62, head, total)[:, None]
     probs = torch.exp(values - norm).masked_fill(~in_k, 0.0)
@@ -188,20 +234,12 @@ def token_logprobs(lp: torch.Tensor, tokens: Seq[int], k: int) -> list[TokenLogp
         return [TokenLogprob(token, value) for token, value in zip(tokens, chosen, strict=True)]
     k = min(k, lp.shape[1])
     values, ids = top_stable(lp, min(k + 1, lp.shape[1]))
-    if values.shape[1] > k and bool((values[:, k] == values[:, k - 1]).any()):
-        values, ids = torch.sort(lp, dim=1, descending=True, stable=True)
+    for row in (values[:, k:] == values[:, k - 1 : k]).any(dim=1).nonzero()[:, 0].tolist():
+        tied = _first_ids(lp[row], values[row, k - 1], k).sort().values  # a tie at the edge: lower ids are in
+        values[row, :k], order = lp[row, tied].sort(descending=True, stable=True)
+        ids[row, :k] = tied[order]
     tops = [tuple(zip(i[:k], v[:k], strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
     return [TokenLogprob(*entry) for entry in zip(tokens, chosen, tops, strict=True)]
-
-
-def _noise(
-    shape: Seq[int], ids: torch.Tensor, seeded: Seq[Sequence] | None, generator: torch.Generator, device: torch.device
-) -> torch.Tensor:
-    """Gumbel noise [n, m]: keyed for `seeded` sequences, else from the generator."""
-    if seeded is None:
-        return -torch.log(torch.empty(tuple(shape), device=device).exponential_(generator=generator))
-    keys = [_key(sequence) for sequence in seeded]
-    return gumbel(key_tensor(keys, device), ids)
 
 
 def _key(sequence: Sequence) -> int:

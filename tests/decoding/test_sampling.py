@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from decoding.core import Group, Policy, Program, Request, Role, Sampling, Sequence, Term, Track
-from decoding.noise import Lane, gumbel, key_tensor, noise_key, uniform
-from decoding.sampling import process, token_logprobs, truncate, verify
+from decoding.noise import GUMBEL_MAX, Lane, gumbel, key_tensor, noise_key, uniform
+from decoding.sampling import keep_mask, process, token_logprobs, truncate, verify
 
 
 def sequence(
@@ -77,11 +77,21 @@ def test_draws_follow_the_exact_distribution(seed: int | None, changes: dict[str
 def test_uniforms_never_reach_the_ends_and_are_uniform() -> None:
     keys = key_tensor([noise_key(9, (0,), i, Lane.TOKEN) for i in range(8)], torch.device("cpu"))
     u = uniform(keys, torch.arange(152_064)[None])
-    assert 0 < u.min()
+    assert u.min() > 0
     assert u.max() < 1
     assert bool(torch.isfinite(gumbel(keys, torch.arange(152_064)[None])).all())
     counts = torch.histc(u, 1000, 0, 1)
     assert chisquare(counts.double()).pvalue > 1e-4
+
+
+def test_hashing_only_ids_that_can_win_changes_nothing() -> None:
+    z = torch.randn(50, 3000, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 20, 50)[:, None]
+    sequences = [sequence(Sampling(seed=1), path=i) for i in range(50)]
+    keys = key_tensor([noise_key(1, (i,), 0, Lane.TOKEN) for i in range(50)], z.device)
+    noise = gumbel(keys, torch.arange(3000)[None])
+    assert noise.max() < GUMBEL_MAX
+    drawn = [d.token for d in verify(z.clone(), sequences, torch.Generator())]
+    assert drawn == (z + noise).argmax(1).tolist()
 
 
 def test_every_part_of_a_noise_key_matters() -> None:
@@ -103,15 +113,23 @@ def test_every_part_of_a_noise_key_matters() -> None:
 def test_ties_go_to_the_lower_id() -> None:
     z = torch.zeros(1, 300)
     assert verify(z.clone(), [sequence(Sampling(temperature=0.0))], torch.Generator())[0].token == 0
-    values, ids = truncate(z, [Sampling(top_k=70)])
-    assert ids[0][torch.isfinite(values[0])].tolist() == list(range(70))
-    values, ids = truncate(z, [Sampling(top_p=0.4985)])
-    assert ids[0][torch.isfinite(values[0])].tolist() == list(range(150))
+    assert kept_ids(z, Sampling(top_k=70))[0] == list(range(70))
+    assert kept_ids(z, Sampling(top_p=0.4985))[0] == list(range(150))
+    assert kept_ids(z[:, :100], Sampling(top_k=70))[0] == list(range(70))
     entry = token_logprobs(torch.log_softmax(z, 1), [299], 5)[0]
     assert [i for i, _ in entry.top] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("width", [3, 64, 65, 1000])
+def kept_ids(z: torch.Tensor, params: Sampling) -> list[list[int]]:
+    """What is left of each row, as the sampler finds it."""
+    values, ids, wide = truncate(z, [params] * len(z))
+    rows = [sorted(ids[i][torch.isfinite(values[i])].tolist()) for i in range(len(z))]
+    for i in wide:
+        rows[i] = torch.isfinite(keep_mask(z[i], params)).nonzero().flatten().tolist()
+    return rows
+
+
+@pytest.mark.parametrize("width", [3, 128, 129, 1000])
 def test_truncation_keeps_what_transformers_keeps(width: int) -> None:
     generator = torch.Generator().manual_seed(width)
     for scale in (0.1, 1.0, 5.0):
@@ -132,11 +150,7 @@ def test_truncation_keeps_what_transformers_keeps(width: int) -> None:
             if params.min_p:
                 warpers.append(MinPLogitsWarper(params.min_p))
             wanted = torch.isfinite(warpers(torch.zeros(4, 1, dtype=torch.long), z.clone()))
-            values, ids = truncate(z, [params] * 4)
-            got = torch.zeros_like(wanted)
-            for row in range(4):
-                got[row, ids[row][torch.isfinite(values[row])]] = True
-            assert torch.equal(got, wanted), params
+            assert kept_ids(z, params) == [row.nonzero().flatten().tolist() for row in wanted], params
 
 
 def test_repetition_penalty_is_transformers_own_for_one_model() -> None:
