@@ -27,7 +27,7 @@ def serve_and_measure(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "server", str(model), "--served-model-name", "base", "--port", str(port)]
-    server = subprocess.Popen([*command, "--no-prefix-cache"], stdout=subprocess.DEVNULL)
+    server = subprocess.Popen([*command, "--no-enable-prefix-caching"], stdout=subprocess.DEVNULL)
     try:
         _wait_ready(port, server)
         sides = {f"http x{len(prompts)}": lambda: asyncio.run(_load(port, prompts, new_tokens))}
