@@ -73,6 +73,7 @@ class Engine:
         self.pools: dict[str, BlockPool] = {}
         for id, blocks in divide_kv(self.runners, {i: m.kv_memory for i, m in models.items()}, self.config).items():
             self.runners[id].allocate(blocks, self.config.block_size)
+            self.runners[id].warm_up()
             self.pools[id] = BlockPool(blocks, self.config.block_size)
         costs = {id: max(runner.cost, 1e-9) for id, runner in self.runners.items()}
         self.scheduler = Scheduler(self.pools, costs, self.config)

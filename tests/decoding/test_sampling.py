@@ -19,7 +19,8 @@ from transformers import (
 
 from decoding.core import Group, Policy, Program, Request, Role, Sampling, Sequence, Term, Track
 from decoding.noise import GUMBEL_MAX, Lane, gumbel, key_tensor, noise_key, uniform
-from decoding.sampling import keep_mask, process, token_logprobs, truncate, verify
+from decoding.sampling import process, token_logprobs, verify
+from decoding.truncate import keep_mask, top_p_mask, truncate
 
 
 def sequence(
@@ -151,6 +152,20 @@ def test_truncation_keeps_what_transformers_keeps(width: int) -> None:
                 warpers.append(MinPLogitsWarper(params.min_p))
             wanted = torch.isfinite(warpers(torch.zeros(4, 1, dtype=torch.long), z.clone()))
             assert kept_ids(z, params) == [row.nonzero().flatten().tolist() for row in wanted], params
+
+
+@pytest.mark.parametrize("width", [5, 1000])
+def test_a_top_p_set_is_what_transformers_keeps(width: int) -> None:
+    for scale in (0.0, 0.1, 3.0):
+        z = torch.randn(5, width, generator=torch.Generator().manual_seed(2)) * scale
+        z[:, ::3] = z[:, :1]  # ties
+        top_p = [0.1013, 0.5003, 0.9, 0.999, 1.0]
+        got = top_p_mask(torch.log_softmax(z, 1), top_p)
+        for row, p in enumerate(top_p):
+            order = z[row].sort(descending=True, stable=True).indices
+            mass = torch.softmax(z[row].double(), 0)[order].cumsum(0)
+            count = width if p == 1.0 else int((mass < p).sum()) + 1
+            assert sorted(order[:count].tolist()) == got[row].nonzero().flatten().tolist(), (scale, p)
 
 
 def test_repetition_penalty_is_transformers_own_for_one_model() -> None:
