@@ -159,7 +159,7 @@ def test_a_top_p_set_is_what_transformers_keeps(width: int) -> None:
     for scale in (0.0, 0.1, 3.0):
         z = torch.randn(5, width, generator=torch.Generator().manual_seed(2)) * scale
         z[:, ::3] = z[:, :1]  # ties
-        top_p = [0.1013, 0.5003, 0.9, 0.999, 1.0]
+        top_p = [0.1013, 0.5003, 0.9003, 0.9993, 1.0]
         got = top_p_mask(torch.log_softmax(z, 1), top_p)
         for row, p in enumerate(top_p):
             order = z[row].sort(descending=True, stable=True).indices

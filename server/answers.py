@@ -1,0 +1,154 @@
+"""Answers: the whole one of a request that does not stream, and what streamed and whole answers share.
+
+`Progress` reads a job's events once, for either: who finished and why, usage, the `decoding` report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from decoding.core import Delta, Done, Event, Failed, PromptLogprobs, TokenLogprob
+from server.errors import from_failed
+from server.generation import Job
+from server.logprobs import TextLogprobs, chat_logprobs, joined
+
+
+class Progress:
+    """What is known of a running job. Events go in through `take`, which yields those of choices, renumbered.
+
+    Raises ApiError when the request has failed inside the engine.
+    """
+
+    def __init__(self, job: Job, positions: dict[str, int]) -> None:
+        self.job = job
+        self._positions = positions
+        self._left = len(positions)
+        self.completion_tokens = self.cached_tokens = self.preemptions = 0
+        self.forwards: dict[str, int] = {}
+        self.stop_reasons: list[int | str | None] = [None] * job.choices
+        self.unfinished = job.choices
+
+    @property
+    def done(self) -> bool:
+        """Every engine request has ended."""
+        return self._left == 0
+
+    def take(self, events: Sequence[Event]) -> list[tuple[int, Delta | PromptLogprobs]]:
+        """Counts the events; returns deltas with their choice, and prompt log-probs with their prompt's position."""
+        shown: list[tuple[int, Delta | PromptLogprobs]] = []
+        for event in events:
+            position = self._positions[event.request_id]
+            if isinstance(event, Delta):
+                choice = position * self.job.n + event.index
+                self.completion_tokens += len(event.token_ids)
+                if event.finish_reason is not None:
+                    self.stop_reasons[choice] = event.stop_reason
+                    self.unfinished -= 1
+                shown.append((choice, event))
+            elif isinstance(event, PromptLogprobs):
+                shown.append((position, event))
+            elif isinstance(event, Failed):
+                raise from_failed(event)
+            else:
+                self._end(event)
+        return shown
+
+    def _end(self, event: Done) -> None:
+        self._left -= 1
+        self.cached_tokens += event.usage.cached_tokens
+        self.preemptions += event.usage.preemptions
+        for model, passes in event.usage.forwards:
+            self.forwards[model] = self.forwards.get(model, 0) + passes
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's usage object, as of now."""
+        prompt, completion = self.job.prompt_tokens, self.completion_tokens
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+    def decoding(self) -> dict[str, Any]:
+        """The report of how the answer was made. `stop_reasons`: one per choice, a stop string or id, null else."""
+        program = self.job.program
+        return {
+            "strategy": program.strategy,
+            "lossless": program.lossless,
+            "models": list(program.models),
+            "forwards": self.forwards,
+            "preemptions": self.preemptions,
+            "stop_reasons": self.stop_reasons,
+        }
+
+
+@dataclass
+class _Choice:
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+class Answer:
+    """A whole answer, gathered from a job's events."""
+
+    def __init__(self, job: Job, progress: Progress) -> None:
+        self.job, self.progress = job, progress
+        self._choices = [_Choice() for _ in range(job.choices)]
+        self._prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = {}
+
+    def take(self, events: Sequence[Event]) -> None:
+        """Adds events. Raises ApiError when the request has failed."""
+        for index, event in self.progress.take(events):
+            if isinstance(event, PromptLogprobs):
+                self._prompt_logprobs[index] = event.logprobs
+                continue
+            choice = self._choices[index]
+            choice.texts.append(event.text)
+            choice.token_ids.extend(event.token_ids)
+            choice.logprobs.extend(event.logprobs)
+            choice.finish_reason = event.finish_reason or choice.finish_reason
+
+    def body(self) -> dict[str, Any]:
+        """The response's body."""
+        job = self.job
+        return {
+            "id": job.id,
+            "object": "chat.completion" if job.chat else "text_completion",
+            "created": job.created,
+            "model": job.name,
+            "choices": [self._choice(index, choice) for index, choice in enumerate(self._choices)],
+            "usage": self.progress.usage(),
+            "system_fingerprint": None,
+            "decoding": self.progress.decoding(),
+        }
+
+    def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
+        job, text = self.job, "".join(choice.texts)
+        made: dict[str, Any] = {"index": index, "finish_reason": choice.finish_reason}
+        if job.chat:
+            made["message"] = {"role": "assistant", "content": text, "refusal": None}
+            made["logprobs"] = None if job.logprobs is None else chat_logprobs(job.text.vocabulary, choice.logprobs)
+        else:
+            position = index // job.n
+            made["text"] = job.echoes[position] + text if job.echoes else text
+            made["logprobs"] = None if job.logprobs is None else self._text_logprobs(position, choice)
+        if job.return_token_ids:
+            made["token_ids"] = choice.token_ids
+            made["prompt_token_ids"] = list(job.requests[index // job.n].prompts[0])
+        return made
+
+    def _text_logprobs(self, position: int, choice: _Choice) -> dict[str, Any] | None:
+        job = self.job
+        made = TextLogprobs(job.text.vocabulary, job.skip_special_tokens)
+        parts = []
+        if job.echoes:
+            ids = job.requests[position].prompts[0]
+            entries = self._prompt_logprobs.get(position, (None,) * len(ids))  # none are sent for a single token
+            parts.append(made.prompt(ids, entries, job.echoes[position]))
+        parts.append(made.answer(choice.logprobs))
+        return joined(parts)

@@ -1,0 +1,177 @@
+"""What is served under which name: models, presets, and the program that a request's `model` and `decoding` mean.
+
+Strategies are read from `decoding.strategies.STRATEGIES` and nothing here knows one by name: their parameters'
+dataclasses become pydantic models, which check requests and describe themselves as JSON schemas.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from decoding.core import BadRequest, ModelLoadError, Program, UnknownModel
+from decoding.prepare import Catalog, shared_width
+from decoding.strategies import STRATEGIES, Strategy
+from server.config import Preset
+from server.errors import ApiError, from_validation, nearest
+
+_LATER = ("policy", "speculation", "search", "trace")
+_OFF: dict[str, tuple[Any, ...]] = {"speculation": (None, False), "trace": (None, False)}
+
+
+def params_model(strategy: Strategy) -> type[BaseModel]:
+    """A strict pydantic model with the fields of the strategy's parameters."""
+    hints = typing.get_type_hints(strategy.params)
+    definitions: dict[str, Any] = {}
+    for each in fields(strategy.params):
+        described: dict[str, Any] = {"description": each.metadata.get("description")}
+        if each.default_factory is not MISSING:
+            described["default_factory"] = each.default_factory
+        elif each.default is not MISSING:
+            described["default"] = each.default
+        definitions[each.name] = (hints[each.name], Field(**described))
+    config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    return create_model(strategy.name, __config__=config, **definitions)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a request runs: the id it named, the model behind it, and the program."""
+
+    name: str
+    model: str
+    program: Program
+
+
+class Served:
+    """The names of the server. `default` is listed first and answers requests without `model`."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        presets: Mapping[str, Preset],
+        default: str,
+        negative_weights: Literal["definition", "any"] = "definition",
+    ) -> None:
+        self.catalog, self.presets, self.negative_weights = catalog, dict(presets), negative_weights
+        names = [*catalog, *presets]
+        assert default in names, "the default is served"
+        self.names = tuple(dict.fromkeys([default, *names]))
+        self.created = int(time.time())
+        self._params = {name: params_model(strategy) for name, strategy in STRATEGIES.items()}
+
+    def model_object(self, name: str) -> dict[str, Any]:
+        """OpenAI's model object; a preset names the model behind it as root and parent. Raises UnknownModel."""
+        preset = self.presets.get(name)
+        model = preset.model if preset else name
+        if model not in self.catalog:
+            raise UnknownModel(name, self.names)
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "trimtab",
+            "root": model,
+            "parent": model if preset else None,
+            "max_model_len": self._max_model_len(preset, model),
+        }
+
+    def _max_model_len(self, preset: Preset | None, model: str) -> int:
+        """The minimum over the roles of the program."""
+        models = [model]
+        if preset:
+            models += [value for value in preset.decoding.values() if isinstance(value, str) and value in self.catalog]
+        return min(self.catalog[each].info.max_model_len for each in models)
+
+    def check_presets(self) -> None:
+        """Raises ModelLoadError, naming the preset, if one could not be served."""
+        for name in self.presets:
+            try:
+                program = self.resolve(name, None).program
+                shared_width(program, self.catalog)
+            except (ApiError, BadRequest) as error:
+                raise ModelLoadError(f"The preset '{name}' cannot be served: {error.message}") from error
+
+    def resolve(self, name: str | None, decoding: Mapping[str, Any] | None) -> Resolved:
+        """The program of a request. Raises ApiError and UnknownModel.
+
+        A request to a preset may change its parameters: its `decoding` is laid over the preset's. With a `strategy` of
+        its own it stands alone.
+        """
+        name = self.names[0] if name is None else name
+        preset = self.presets.get(name)
+        model = preset.model if preset else name
+        if model not in self.catalog:
+            raise UnknownModel(name, self.names)
+        asked = dict(decoding or {})
+        if preset and asked.get("strategy") is None:
+            asked = preset.decoding | {key: value for key, value in asked.items() if key != "strategy"}
+        return Resolved(name, model, self._program(asked, model))
+
+    def _program(self, decoding: dict[str, Any], model: str) -> Program:
+        params = dict(decoding)
+        for axis in _LATER:
+            if axis in params and params.pop(axis) not in _OFF.get(axis, (None,)):
+                param = f"decoding.{axis}"
+                raise ApiError(400, f"{param} is not available in this version.", param, "unsupported_parameter")
+        name = params.pop("strategy", None)
+        if name is None:
+            if params:
+                raise ApiError(400, f"decoding needs a strategy: {', '.join(STRATEGIES)}.", "decoding.strategy")
+            name = "plain"
+        if not isinstance(name, str) or name not in STRATEGIES:
+            hint = nearest(str(name), STRATEGIES)
+            message = f"Unknown strategy '{name}'.{hint} Available: {', '.join(STRATEGIES)}."
+            raise ApiError(400, message, "decoding.strategy", "unknown_strategy")
+        return self._build(STRATEGIES[name], params, model)
+
+    def _build(self, strategy: Strategy, params: dict[str, Any], model: str) -> Program:
+        schema = self._params[strategy.name]
+        try:
+            # By way of JSON: strictness there takes arrays for tuples, and null for an absent field is dropped.
+            given = json.dumps({key: value for key, value in params.items() if value is not None})
+            checked = schema.model_validate_json(given)
+        except ValidationError as error:
+            raise from_validation(error, schema.model_fields, "decoding") from error
+        values = {key: getattr(checked, key) for key in schema.model_fields}
+        self._check_signs(strategy, values)
+        try:
+            program = strategy.build(strategy.params(**values), model)
+        except BadRequest as error:
+            raise ApiError(400, error.message, f"decoding.{error.param}" if error.param else "decoding") from error
+        for term in program.policy.terms:
+            if term.role.model not in self.catalog:
+                param = f"decoding.{term.name}" if term.name in values else "decoding"
+                raise UnknownModel(term.role.model, tuple(self.catalog), param=param)
+        return program
+
+    def _check_signs(self, strategy: Strategy, values: Mapping[str, Any]) -> None:
+        """Turning a method's sign round can undo a safety tuning, so only the operator may allow it."""
+        if self.negative_weights == "any":
+            return
+        for key, value in values.items():
+            if isinstance(value, int | float) and value < 0:
+                message = f"decoding.{key} is {value:g}; negative values need the server's --negative-weights any."
+                raise ApiError(400, message, f"decoding.{key}", "negative_weight")
+
+    def strategies(self) -> list[dict[str, Any]]:
+        """Every strategy: what it does, its parameters as a JSON schema, what it needs and combines with."""
+        return [
+            {
+                "id": name,
+                "object": "strategy",
+                "summary": strategy.summary,
+                "parameters": self._params[name].model_json_schema(),
+                "needs": list(strategy.needs),
+                "combines_with": {"speculation": [], "search": []},
+                "lossless": strategy.lossless,
+                "paper": strategy.paper or None,
+            }
+            for name, strategy in STRATEGIES.items()
+        ]

@@ -1,0 +1,34 @@
+"""The embedded family as a configuration: what is served when no model is named.
+
+The weights lie in the folder of the same name, with a manifest that lists the members. The default is a preset, so
+that the first answer a newcomer gets is a large untuned model's, steered by two small ones.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+FAMILY = Path(__file__).parent / "family" / "manifest.json"
+DEFAULT = "base@chat"
+PRESETS = {
+    DEFAULT: {"model": "base", "decoding": {"strategy": "proxy_tuning", "expert": "expert", "anti": "base-small"}}
+}
+
+
+def embedded_family(manifest: Path = FAMILY) -> dict[str, Any]:
+    """Models, presets and defaults from a manifest. Raises OSError, ValueError and KeyError for one that is not there.
+
+    `members`: name to entry, with `path` (default: the name) and `plain_template` (default: the manifest's own).
+    """
+    described = json.loads(manifest.read_text(encoding="utf-8"))
+    shared = described.get("plain_template")
+    models = {
+        name: {
+            "path": str(manifest.parent / member.get("path", name)),
+            "plain_template": member.get("plain_template", shared),
+        }
+        for name, member in described["members"].items()
+    }
+    return {"models": models, "presets": dict(PRESETS), "defaults": {"model": DEFAULT}}

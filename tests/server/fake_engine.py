@@ -1,0 +1,175 @@
+"""A scripted engine with the interface of the real one: no weights, no torch, the same answer every time.
+
+Each tick gives every running choice one token of `ANSWER`, and EOS after it. Words in the prompt change what happens:
+`[forever]` never ends, `[fail]` fails after three tokens, `[raise]` makes one tick raise, `[refuse]` and `[broken]`
+fail when submitted, `[exit]` ends the process, `[wait]` gives nothing at all, `[slow]` takes 10 ms a tick.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+
+from decoding.core import (
+    BadRequest,
+    Delta,
+    Done,
+    Event,
+    Failed,
+    FinishReason,
+    ModelInfo,
+    ModelStats,
+    PromptLogprobs,
+    Request,
+    Stats,
+    TokenLogprob,
+    Usage,
+)
+from decoding.detokenizer import Detokenizer
+from decoding.text import StopStrings, TextModel
+from server.engine_process import EngineLike
+from tests.decoding.test_text import CHATML, byte_level
+
+ANSWER = " Hello, 中文 and 😀 world."
+MODELS = ("base", "expert", "base-small")
+WIDTH = 330
+
+
+def text_models() -> dict[str, TextModel]:
+    """Fresh tokenizers; `expert` has a chat template."""
+    templates = {"base": None, "expert": CHATML, "base-small": None}
+    return {name: TextModel(name, byte_level(chat_template=template)) for name, template in templates.items()}
+
+
+@dataclass
+class _Choice:
+    detokenizer: Detokenizer
+    stops: StopStrings
+    sent: int = 0
+    done: bool = False
+
+
+@dataclass
+class _Group:
+    request: Request
+    prompt: str
+    choices: list[_Choice] = field(default_factory=list)
+    begun: bool = False
+    completion_tokens: int = 0
+
+
+class FakeEngine:
+    """See the module's docstring."""
+
+    def __init__(self) -> None:
+        self.text = text_models()["base"]
+        self.answer = [*self.text.encode(ANSWER, bos=False), self.text.eos_ids[0]]
+        self.models = tuple(ModelInfo(name, 128, WIDTH, 4096, 1000, "float32", "cpu") for name in MODELS)
+        self.groups: dict[str, _Group] = {}
+        self.ticks = self.aborts = 0
+
+    def submit(self, request: Request) -> None:
+        prompt = self.text.decode(request.prompts[0])
+        if "[refuse]" in prompt:
+            raise BadRequest("The engine refuses.", "prompt", "refused")
+        if "[broken]" in prompt:
+            raise RuntimeError("broken")
+        group = _Group(request, prompt)
+        sampling = request.sampling
+        for _ in range(request.n):
+            detokenizer = Detokenizer(self.text.vocabulary, sampling.skip_special_tokens)
+            stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
+            group.choices.append(_Choice(detokenizer, stops))
+        self.groups[request.id] = group
+
+    def abort(self, request_id: str) -> None:
+        self.aborts += self.groups.pop(request_id, None) is not None
+
+    def has_work(self) -> bool:
+        return bool(self.groups)
+
+    def stats(self) -> Stats:
+        models = tuple(ModelStats(name, self.ticks, self.ticks, 0.5, 0.25, 3, 4) for name in MODELS)
+        return Stats(len(self.groups), 0, self.ticks, 0, self.aborts, models)
+
+    def step(self) -> list[Event]:
+        self.ticks += 1
+        events: list[Event] = []
+        for group in list(self.groups.values()):
+            if "[raise]" in group.prompt:
+                raise RuntimeError("this tick fails")
+            if "[exit]" in group.prompt:
+                os._exit(3)
+            if "[slow]" in group.prompt:
+                time.sleep(0.01)
+            if "[wait]" in group.prompt:
+                time.sleep(0.001)
+            else:
+                events += self._advance(group)
+        return events
+
+    def _advance(self, group: _Group) -> list[Event]:
+        request, events = group.request, []  # type: Request, list[Event]
+        if not group.begun and request.sampling.prompt_logprobs is not None:
+            k, ids = request.sampling.prompt_logprobs, request.prompts[0]
+            events.append(PromptLogprobs(request.id, (None, *(_logprob(i, k) for i in ids[1:]))))
+        group.begun = True
+        for index, choice in enumerate(group.choices):
+            if not choice.done:
+                events.append(self._token(group, index, choice))
+        if "[fail]" in group.prompt and group.choices[0].sent == 3:
+            del self.groups[request.id]
+            return [*events, Failed(request.id, "EngineFailure", "It failed half-way.")]
+        if all(choice.done for choice in group.choices):
+            del self.groups[request.id]
+            forwards = tuple((model, group.completion_tokens) for model in request.program.models)
+            events.append(Done(request.id, Usage(len(request.prompts[0]), group.completion_tokens, 2, 0, forwards)))
+        return events
+
+    def _token(self, group: _Group, index: int, choice: _Choice) -> Delta:
+        request, sampling = group.request, group.request.sampling
+        assert sampling.max_tokens is not None
+        if sampling.max_tokens == 0:
+            choice.done = True
+            return Delta(request.id, index, (), "", (), "length")
+        token = self.answer[choice.sent % len(self.answer)]
+        choice.sent += 1
+        group.completion_tokens += 1
+        logprobs = () if sampling.logprobs is None else (_logprob(token, sampling.logprobs),)
+        ended = token in request.eos_ids and not sampling.ignore_eos and "[forever]" not in group.prompt
+        reason: FinishReason | None = "stop" if ended or token in sampling.stop_token_ids else None
+        if reason is None and choice.sent >= sampling.max_tokens and "[forever]" not in group.prompt:
+            reason = "length"
+        text = choice.stops.push(choice.detokenizer.push((token,)))
+        if reason is not None:
+            text += choice.stops.push(choice.detokenizer.finish()) + choice.stops.finish()
+        stop: int | str | None = token if token in sampling.stop_token_ids else None
+        if choice.stops.matched is not None:
+            reason, stop = "stop", choice.stops.matched
+        choice.done = reason is not None
+        return Delta(request.id, index, (token,), text, logprobs, reason, stop)
+
+
+def _logprob(token: int, k: int) -> TokenLogprob:
+    """The actual token is the second best; the fourth is masked; ids 3 to 5 stand for the others."""
+    others = [(3, -0.25), (4, -2.0), (5, -float("inf"))]
+    top = [pair for pair in [others[0], (token, -0.75), *others[1:]] if pair[0] != token or pair[1] == -0.75]
+    return TokenLogprob(token, -0.75, tuple(top[:k]))
+
+
+def fake_engine() -> EngineLike:
+    """A picklable engine factory."""
+    return FakeEngine()
+
+
+def failing_engine() -> EngineLike:
+    """A factory that cannot load its models."""
+    from decoding.core import ModelLoadError
+
+    raise ModelLoadError("Model 'base': the directory has no config.json.")
+
+
+def crashing_engine() -> EngineLike:
+    """A factory that takes its process down."""
+    os._exit(4)

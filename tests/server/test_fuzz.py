@@ -1,0 +1,96 @@
+"""Whatever a body holds: an answer, or an error object below 500."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from server.schema import ChatBody, CompletionBody
+from tests.server.conftest import open_client
+
+scalars = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5)
+)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+strategy_fields = st.sampled_from(
+    ["strategy", "expert", "anti", "alpha", "negative_prompt", "guidance", "search", "trace"]
+)
+strategies = st.sampled_from(["plain", "cfg", "proxy_tuning", "base", "expert"])
+decoding = st.dictionaries(strategy_fields, strategies | values, max_size=4)
+messages = st.lists(
+    st.fixed_dictionaries(
+        {
+            "role": st.sampled_from(["system", "user", "assistant", "tool"]) | values,
+            "content": st.text(max_size=5) | values,
+        }
+    ),
+    max_size=3,
+)
+prompts = st.text(max_size=5) | st.lists(st.text(max_size=5) | st.integers(-2, 400), max_size=3)
+likely = {
+    "decoding": decoding,
+    "messages": messages,
+    "prompt": prompts,
+    "model": st.sampled_from(["base", "expert", "base@chat", "x"]),
+    "stop": st.lists(st.text(max_size=3), max_size=3) | st.text(max_size=3),
+    "logit_bias": st.dictionaries(st.integers(-1, 400).map(str), st.integers(-101, 101), max_size=3),
+    "n": st.integers(0, 3),
+    "max_tokens": st.integers(-1, 200),
+    "logprobs": st.integers(0, 3) | st.booleans(),
+    "stream": st.booleans(),
+}
+
+
+def bodies(fields: Iterator[str], needed: str) -> st.SearchStrategy[dict[str, Any]]:
+    optional = {name: (likely[name] | values if name in likely else values) for name in fields if name != needed}
+    return st.fixed_dictionaries(
+        {needed: likely[needed] | values}, optional={name: optional[name] for name in optional}
+    )
+
+
+@pytest.fixture(scope="module")
+def post() -> Iterator[Any]:
+    with asyncio.Runner() as runner:
+        context = open_client()
+        client = runner.run(context.__aenter__())
+
+        def send(path: str, body: Any) -> httpx.Response:
+            # json.dumps writes lone surrogates as escapes, so they get as far as a client could send them
+            return runner.run(client.post(path, content=json.dumps(body).encode()))
+
+        yield send
+        runner.run(context.__aexit__(None, None, None))
+
+
+@pytest.mark.parametrize(
+    ("path", "schema", "needed"),
+    [("/v1/chat/completions", ChatBody, "messages"), ("/v1/completions", CompletionBody, "prompt")],
+)
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_no_body_makes_a_500(post: Any, path: str, schema: Any, needed: str, data: st.DataObject) -> None:
+    names = data.draw(st.lists(st.sampled_from(sorted(schema.model_fields)), max_size=3, unique=True))
+    response = post(path, data.draw(bodies(iter(names), needed)))
+    assert response.status_code in (200, 400, 404), response.text
+    if response.status_code != 200:
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=st.dictionaries(st.sampled_from(["model", "prompt", "messages", "tokens"]), messages | values, max_size=3))
+def test_no_body_breaks_the_tokenizer(post: Any, body: dict[str, Any]) -> None:
+    for path in ("/tokenize", "/detokenize"):
+        assert post(path, body).status_code in (200, 400, 404)

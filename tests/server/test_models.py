@@ -1,0 +1,119 @@
+"""Names: models, presets, strategies; the tokenizer's endpoints; health; metrics; the OpenAPI document."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any
+
+import pytest
+
+from decoding.core import ModelInfo, ModelLoadError
+from decoding.prepare import Entry
+from decoding.strategies import STRATEGIES
+from server.catalog import Served
+from server.config import Preset
+from tests.server.conftest import STEERING, TEXTS, Ask, open_client
+from tests.server.fake_engine import MODELS
+from tests.server.test_errors import CHAT, HI, TEXT, X, error_of
+
+
+def test_the_default_is_listed_first_and_presets_name_their_model(ask: Ask) -> None:
+    listed = ask("/v1/models").json()
+    assert [model["id"] for model in listed["data"]] == ["base@chat", *MODELS]
+    preset, base = listed["data"][:2]
+    assert (preset["root"], preset["parent"]) == ("base", "base")
+    assert (base["root"], base["parent"]) == ("base", None)
+    assert ask("/v1/models/base@chat").json()["id"] == "base@chat"
+    assert ask("/v1/models", defaults={}).json()["data"][0]["id"] == "base"
+
+
+def test_ids_may_have_slashes(ask: Ask) -> None:
+    presets = {"org/model": {"model": "base"}}
+    assert ask("/v1/models/org/model", presets=presets, defaults={}).json()["id"] == "org/model"
+
+
+def test_a_request_may_change_a_presets_parameters_or_stand_alone(ask: Ask) -> None:
+    def strategy(**fields: Any) -> str:
+        return str(ask(CHAT, HI | fields).json()["decoding"]["strategy"])
+
+    assert strategy() == strategy(decoding={"alpha": 0.5}) == "proxy_tuning"
+    assert strategy(decoding={"strategy": "plain"}) == strategy(model="base") == "plain"
+    assert strategy(decoding={"strategy": "cfg", "negative_prompt": "no"}) == "cfg"
+    assert error_of(ask(CHAT, HI | {"decoding": {"beta": 1}}))["param"] == "decoding.beta"
+
+
+def test_strategies_describe_their_parameters(ask: Ask) -> None:
+    listed = {strategy["id"]: strategy for strategy in ask("/v1/strategies").json()["data"]}
+    assert list(listed) == list(STRATEGIES)
+    parameters = listed["proxy_tuning"]["parameters"]
+    assert parameters["required"] == ["expert", "anti"]
+    assert parameters["properties"]["alpha"]["default"] == 1.0
+    assert parameters["properties"]["alpha"]["description"]
+    assert parameters["additionalProperties"] is False
+    assert listed["plain"]["parameters"]["properties"] == {}
+
+
+@pytest.mark.parametrize("decoding", [{"strategy": "none"}, STEERING | {"expert": "gone"}, STEERING | {"beta": 1}])
+def test_a_preset_that_cannot_be_served_stops_the_start(decoding: dict[str, Any]) -> None:
+    catalog = {name: Entry(TEXTS[name], ModelInfo(name, 9, 9, 9, 9, "", "")) for name in MODELS}
+    served = Served(catalog, {"p": Preset(model="base", decoding=decoding)}, "base")
+    with pytest.raises(ModelLoadError, match="preset 'p' cannot be served"):
+        served.check_presets()
+
+
+def test_tokenize_and_back(ask: Ask) -> None:
+    made = ask("/tokenize", {"prompt": "hello world", "return_token_strs": True}).json()
+    assert made["tokens"] == TEXTS["base"].encode("hello world")
+    assert (made["count"], made["max_model_len"], made["token_strs"][1]) == (2, 128, "Ġworld")
+    assert ask("/detokenize", {"tokens": made["tokens"]}).json() == {"prompt": "hello world"}
+    chat = {"model": "expert", "messages": [{"role": "user", "content": "x"}]}
+    ids = ask("/tokenize", chat).json()["tokens"]
+    text = "<|x|>user\nx</s><|x|>assistant\n"
+    assert ask("/detokenize", {"model": "expert", "tokens": ids}).json() == {"prompt": text}
+    short = ask("/tokenize", chat | {"add_generation_prompt": False}).json()["tokens"]
+    assert ids[: len(short)] == short
+    info = ask("/tokenizer_info?model=expert").json()
+    assert (info["eos_token"], info["bos_token"]) == ("</s>", "<s>")
+    assert "generation_prompt" in info["chat_template"]
+
+
+def test_health_and_version(ask: Ask) -> None:
+    assert ask("/health").json() == {"status": "ok"}
+    assert ask("/ready").json() == {"status": "ready"}
+    assert ask("/version").json()["version"]
+
+
+def test_metrics_count_what_happened() -> None:
+    async def run() -> str:
+        async with open_client() as client:
+            await client.post(CHAT, json=HI)
+            await client.post(TEXT, json=X | {"stream": True})
+            await client.post(TEXT, json=X | {"n": 99})
+            await client.post(TEXT, json=X | {"prompt": "[fail]"})
+            return (await client.get("/metrics")).text
+
+    text = asyncio.run(run())
+    for line in (
+        'trimtab_requests_total{model="base@chat",outcome="ok",strategy="proxy_tuning"} 1.0',
+        'trimtab_requests_total{model="base",outcome="ok",strategy="plain"} 1.0',
+        'trimtab_requests_total{model="base",outcome="error",strategy="plain"} 1.0',
+        'trimtab_refused_total{status="400"} 1.0',
+        'trimtab_tokens_total{kind="completion",model="base@chat",strategy="proxy_tuning"} 11.0',
+        'trimtab_time_to_first_token_seconds_count{model="base",strategy="plain"} 2.0',
+        'trimtab_kv_used_ratio{model="expert"} 0.25',
+        'trimtab_prefix_hits_total{model="expert"} 3.0',
+        'trimtab_forward_seconds_total{model="expert"} 0.5',
+        "trimtab_up 1.0",
+        "trimtab_sequences 0.0",
+    ):
+        assert line in text, text
+    assert re.search(r"trimtab_ticks_total \d", text)
+
+
+def test_openapi_describes_the_bodies(ask: Ask) -> None:
+    document = ask("/openapi.json").json()
+    body = document["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["additionalProperties"] is False
+    assert {"messages", "decoding", "stream_options"} <= set(body["properties"])
+    assert "$ref" not in str(document["paths"][TEXT]["post"]["requestBody"])
