@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from decoding.core import BadRequest, Group, ModelRunner, Request, Role, Sequence, Track, UnknownModel
+from decoding.core import BadRequest, Group, ModelRunner, Policy, Request, Sequence, Track, UnknownModel
 from decoding.detokenizer import Detokenizer
 from decoding.kv import BlockPool, root_key
 from decoding.text import StopStrings, TextModel
@@ -49,22 +49,26 @@ class OutputText:
 
 
 def make_group(request: Request, serial: int, hosted: Mapping[str, Hosted], pools: Mapping[str, BlockPool]) -> Group:
-    """The request's sequences, not yet queued. Terms of weight 0 are dropped. Raises BadRequest, UnknownModel."""
-    terms = [(i, term) for i, term in enumerate(request.program.policy.terms) if term.weight != 0.0]
-    for _, term in terms:
+    """The request's sequences, not yet queued. Raises BadRequest, UnknownModel."""
+    policy, prompts = _needed(request)
+    views: dict[tuple[str, str | None, tuple[int, ...]], str] = {}
+    for term, prompt in zip(policy.terms, prompts, strict=True):
         if term.role.model not in hosted:
             raise UnknownModel(term.role.model, tuple(hosted))
         if term.role.adapter is not None:
             raise BadRequest(f"No adapter '{term.role.adapter}' is loaded on '{term.role.model}'.", "decoding")
-    if not terms:
-        raise BadRequest("Every term of the policy has weight 0.", "decoding")
-    roles = [(term.name, term.role, request.prompts[i]) for i, term in terms]
+        views.setdefault((term.role.model, term.role.adapter, prompt), term.name)
+    order = {key: i for i, key in enumerate(views)}
+    term_tracks = tuple(
+        order[term.role.model, term.role.adapter, prompt] for term, prompt in zip(policy.terms, prompts, strict=True)
+    )
+    roles = [(name, model, prompt) for (model, _, prompt), name in views.items()]
     room = _max_output(request.sampling.max_tokens, roles, hosted, pools)
-    group = Group(request, serial, tuple(term.weight for _, term in terms), request.width, room)
+    group = Group(request, serial, policy, term_tracks, request.width, room)
     for index in range(request.n):
         tracks = [
-            Track(j, role.model, prompt, root_key(role.model, role.adapter or "", request.salt), role.adapter)
-            for j, (_, role, prompt) in enumerate(roles)
+            Track(model, prompt, root_key(model, adapter or "", request.salt), adapter)
+            for model, adapter, prompt in views
         ]
         text = OutputText(hosted[request.text_model].text, request)
         sequence = Sequence(group, index, (index,), tracks, text=text)
@@ -74,29 +78,44 @@ def make_group(request: Request, serial: int, hosted: Mapping[str, Hosted], pool
     return group
 
 
+def _needed(request: Request) -> tuple[Policy, list[tuple[int, ...]]]:
+    """The policy and prompts without terms of weight 0 that nothing else refers to."""
+    policy = request.program.policy
+    keep = list(range(len(policy.terms)))
+    if policy.solver is None:
+        live = [term for term in policy.terms if term.weight != 0.0]
+        if not live:
+            raise BadRequest("Every term of the policy has weight 0.", "decoding")
+        named = {term.gate.of for term in live if term.gate}
+        named |= {policy.plausibility.of} if policy.plausibility else set()
+        keep = [i for i in keep if policy.terms[i].weight != 0.0 or policy.terms[i].name in named]
+    terms = tuple(policy.terms[i] for i in keep)
+    return replace(policy, terms=terms), [request.prompts[i] for i in keep]
+
+
 def _max_output(
     max_tokens: int | None,
-    roles: Seq[tuple[str, Role, tuple[int, ...]]],
+    roles: Seq[tuple[str, str, tuple[int, ...]]],
     hosted: Mapping[str, Hosted],
     pools: Mapping[str, BlockPool],
 ) -> int:
     """Tokens that may follow: `max_tokens`, every role's context, and pools that must hold all roles at once."""
     room = max_tokens
-    for name, role, prompt in roles:
-        limit = hosted[role.model].runner.max_model_len
+    for name, id, prompt in roles:
+        limit = hosted[id].runner.max_model_len
         left = limit - len(prompt)
         if not prompt:
             raise BadRequest(f"The prompt of role '{name}' is empty.", "prompt")
         if left < 0 or (left == 0 and room != 0):
             raise BadRequest(
-                f"The prompt of role '{name}' has {len(prompt)} tokens; '{role.model}' takes {limit} with the answer.",
+                f"The prompt of role '{name}' has {len(prompt)} tokens; '{id}' takes {limit} with the answer.",
                 "prompt",
                 "context_length_exceeded",
             )
         room = left if room is None else min(room, left)
     assert room is not None
     for model, pool in pools.items():
-        lengths = [len(prompt) for _, role, prompt in roles if role.model == model]
+        lengths = [len(prompt) for _, id, prompt in roles if id == model]
         if lengths:
             fits = _room(lengths, pool)
             if fits < min(room, 1):

@@ -98,24 +98,70 @@ class Role:
 
 
 @dataclass(frozen=True, slots=True)
+class Gate:
+    """The tokens on which a term counts: the top-p set of term `of` at temperature 1, the crossing token included.
+
+    `outside` says what the other tokens keep: "base" the ungated terms alone, "of" the log-probs of term `of`, "drop"
+    nothing (they are masked).
+    """
+
+    of: str
+    top_p: float
+    outside: Literal["base", "of", "drop"] = "base"
+
+
+@dataclass(frozen=True, slots=True)
+class Plausibility:
+    """Tokens whose probability under term `of` is below `ratio` times the best allowed token's are masked."""
+
+    of: str
+    ratio: float
+
+
+@dataclass(frozen=True, slots=True)
 class Term:
-    """One weighted summand of the mixed logits."""
+    """One weighted summand of the mixed logits; with a gate, on the gate's tokens only."""
 
     name: str
     role: Role
     weight: float = 1.0
+    gate: Gate | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A weighted mix of models' logits: sum_j weight_j z_j, fp32. A term of weight 0 is dropped, not multiplied."""
+    """A weighted mix of models' rows, fp32: sum of ungated terms w_j z_j + 1[v in gate_j] w_j z_j of the gated ones.
+
+    A term of weight 0 is dropped, not multiplied. `logprobs`: rows are log-softmaxed first (whatever is not shift
+    invariant on raw logits needs it; gates imply it). `solver`: an entry of `decoding.solvers` that sets the weights
+    row by row; the terms' own weights then only say which of them count as steering the text.
+    """
 
     terms: tuple[Term, ...]
+    logprobs: bool = False
+    plausibility: Plausibility | None = None
+    solver: Solver | None = None
 
     def __post_init__(self) -> None:
         assert self.terms, "a policy has at least one term"
         names = [term.name for term in self.terms]
         assert len(set(names)) == len(names), f"term names repeat: {names}"
+        used = [term.gate.of for term in self.terms if term.gate] + (
+            [self.plausibility.of] if self.plausibility else []
+        )
+        assert set(used) <= set(names), f"a gate or the plausibility names no term: {used}"
+
+
+class Solver(Protocol):
+    """Sets a policy's weights per row. Frozen and hashable; its state changes with accepted tokens only."""
+
+    def weights(self, rows: Seq[torch.Tensor], states: Seq[Any], starts: torch.Tensor) -> torch.Tensor:
+        """Weights [n, J] from the J terms' log-prob rows [n, W]; `starts` [W]: ids that begin a new word (or EOS)."""
+        ...
+
+    def advance(self, state: Any, weights: Seq[float], token: int) -> Any:
+        """The state after `token` was accepted from a row mixed with `weights`; None is the first state."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,13 +433,14 @@ class ModelRunner(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Track:
-    """One term's model looking at one hypothesis: its own prompt, block table and progress.
+    """A model looking at one hypothesis through one view: its own prompt, block table and progress.
+
+    Terms of one model that are shown the same prompt share a track.
 
     Positions count from the prompt's first id; position `len(prompt) + i` is output token i. `keys` are the chained
     prefix-cache keys of the leading full blocks, made when first needed and kept over a preemption.
     """
 
-    term: int
     model: str
     prompt: tuple[int, ...]
     root: bytes
@@ -419,6 +466,7 @@ class Sequence:
     next_row: int = -1
     output: list[int] = field(default_factory=list)
     counts: dict[int, int] = field(default_factory=dict)  # of output ids, for the penalties
+    solver_state: Any = None
     running: bool = False
     finished: bool = False
     last_tick: int = -1
@@ -454,7 +502,8 @@ class Group:
 
     request: Request
     serial: int
-    weights: tuple[float, ...]  # of the tracks, zero-weight terms already dropped
+    policy: Policy  # without terms that count for nothing
+    term_tracks: tuple[int, ...]  # the track of each term
     width: int  # of the mixed row: the model's own for one model, else the shared vocabulary
     max_output: int
     sequences: list[Sequence] = field(default_factory=list)

@@ -40,6 +40,7 @@ from decoding.core import (
     Request,
     Role,
     Rows,
+    Sample,
     Sampling,
     Sequence,
     SpanInput,
@@ -53,7 +54,7 @@ from decoding.kv import BlockPool
 from decoding.memory import divide_kv
 from decoding.mix import mix
 from decoding.prepare import Entry, prepare
-from decoding.sampling import Drawn, log_softmax_rows, token_logprobs, verify
+from decoding.sampling import Drawn, hard_mask, log_softmax_rows, token_logprobs, verify
 from decoding.scheduler import Scheduler
 from decoding.text import Chat, Prompt
 
@@ -85,7 +86,9 @@ class Engine:
         self._forwards = dict.fromkeys(self.runners, 0)
         self._tokens = dict.fromkeys(self.runners, 0)
         self._seconds = dict.fromkeys(self.runners, 0.0)
-        self._generator = torch.Generator(next(iter(self.runners.values())).device)
+        self._device = next(iter(self.runners.values())).device
+        self._word_starts: dict[tuple[str, int], torch.Tensor] = {}
+        self._generator = torch.Generator(self._device)
         self._generator.manual_seed(int.from_bytes(os.urandom(7), "little"))
 
     # -- requests -----------------------------------------------------------------------------------------------
@@ -128,10 +131,12 @@ class Engine:
         plan = self.scheduler.plan()
         rows = self._forward(plan)
         if plan.samples:
-            z = mix(plan.samples, rows)  # [S, W] fp32
+            mixed = mix(plan.samples, rows, self._allowed, self._starts)
+            z = mixed.z  # [S, W] fp32
             self._prompt_logprobs(plan, z)
             drawing, index = self._drawing(plan)
             drawn = verify(z if len(index) == len(z) else z[index], drawing, self._generator) if drawing else []
+            self._advance_solvers(drawing, drawn, [mixed.weights.get(row) for row in index])
             self._commit(plan, dict(zip(drawing, drawn, strict=True)))
         else:
             self._commit(plan, {})
@@ -227,6 +232,30 @@ class Engine:
                 drawing.append(sample.sequence)
                 index.append(row - 1)
         return drawing, index
+
+    def _allowed(self, sample: Sample, i: int) -> torch.Tensor | None:
+        """Ids that hard constraints leave at the sample's i-th row; those that score the prompt have none."""
+        if sample.first + i < len(sample.sequence.output) - 1:
+            return None
+        return hard_mask(sample.sequence, sample.sequence.group.width, self._device)
+
+    def _starts(self, model: str, width: int) -> torch.Tensor:
+        """Ids that begin a new word of `model`'s text, or end it: [width] bool. Made once per model and width."""
+        if (model, width) not in self._word_starts:
+            text = self.hosted[model].text
+            size = len(text.vocabulary.tokens)
+            begins = [i < size and text.vocabulary.token_bytes(i)[:1] in (b" ", b"\n") for i in range(width)]
+            mask = torch.tensor(begins, device=self._device)
+            mask[torch.tensor([i for i in text.eos_ids if i < width], dtype=torch.int64, device=self._device)] = True
+            self._word_starts[model, width] = mask
+        return self._word_starts[model, width]
+
+    @staticmethod
+    def _advance_solvers(drawing: list[Sequence], drawn: list[Drawn], weights: list[list[float] | None]) -> None:
+        for sequence, each, chosen in zip(drawing, drawn, weights, strict=True):
+            solver = sequence.group.policy.solver
+            if solver is not None and chosen is not None and each.token is not None:
+                sequence.solver_state = solver.advance(sequence.solver_state, chosen, each.token)
 
     def _prompt_logprobs(self, plan: Plan, z: torch.Tensor) -> None:
         """Score the prompt ids of requests that ask for it; z: [S, W]."""

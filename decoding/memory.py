@@ -58,4 +58,4 @@ def divide_kv(
                 f"No KV memory is left for '{model}': a block of {size} tokens takes {need} bytes. "
                 "Raise --kv-memory, or the model's kv_memory."
             )
-    return blocks
+    return {model: blocks[model] for model in runners}

@@ -62,23 +62,34 @@ def _processes(sequence: Sequence) -> bool:
     )
 
 
+def hard_mask(sequence: Sequence, width: int, device: torch.device) -> torch.Tensor | None:
+    """Which ids may come next whatever the policy says: [width] bool, or None if every one may."""
+    request, s = sequence.group.request, sequence.group.request.sampling
+    waits = len(sequence.output) < s.min_tokens
+    if s.allowed_token_ids is None and not waits:
+        return None
+    mask = torch.full((width,), s.allowed_token_ids is None, device=device)
+    if s.allowed_token_ids is not None:
+        mask[torch.tensor([i for i in s.allowed_token_ids if i < width], device=device)] = True
+    if waits:
+        ends = sorted(i for i in {*request.eos_ids, *s.stop_token_ids} if i < width)
+        mask[torch.tensor(ends, dtype=torch.int64, device=device)] = False
+    return mask
+
+
 def process(row: torch.Tensor, sequence: Sequence) -> None:
     """Hard masks, penalties and bias on one row [W], in place."""
-    request, s = sequence.group.request, sequence.group.request.sampling
-    if s.allowed_token_ids is not None:
-        allowed = torch.tensor([i for i in s.allowed_token_ids if i < row.shape[0]], device=row.device)
-        kept = row[allowed].clone()
-        row.fill_(-torch.inf)
-        row[allowed] = kept
-    if len(sequence.output) < s.min_tokens:
-        row[
-            torch.tensor(sorted({*request.eos_ids, *s.stop_token_ids}), dtype=torch.int64, device=row.device)
-        ] = -torch.inf
+    s = sequence.group.request.sampling
+    mask = hard_mask(sequence, row.shape[0], row.device)
+    if mask is not None:
+        row.masked_fill_(~mask, -torch.inf)
     if s.repetition_penalty != 1.0:
         seen = torch.tensor(
             sorted({i for i in {*sequence.tracks[0].prompt, *sequence.counts} if i < row.shape[0]}), device=row.device
         )
-        if len(sequence.tracks) > 1:  # a mix has no natural zero: use log-probs, which no shift of a model changes
+        if (
+            len(sequence.group.policy.terms) > 1
+        ):  # a mix has no natural zero: use log-probs, which no shift of a model changes
             row -= torch.logsumexp(row, 0)
         old = row[seen]
         row[seen] = torch.where(old > 0, old / s.repetition_penalty, old * s.repetition_penalty)

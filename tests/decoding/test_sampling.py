@@ -28,8 +28,8 @@ def sequence(
 ) -> Sequence:
     policy = Policy(tuple(Term(f"t{i}", Role("m")) for i in range(terms)))
     request = Request("r", Program("x", policy), (prompt,) * terms, sampling, "m", 1000, (1,))
-    group = Group(request, 0, (1.0,) * terms, 1000, 100)
-    seq = Sequence(group, 0, (path,), [Track(i, "m", prompt, b"") for i in range(terms)])
+    group = Group(request, 0, policy, tuple(range(terms)), 1000, 100)
+    seq = Sequence(group, 0, (path,), [Track("m", prompt, b"") for _ in range(terms)])
     for token in output or []:
         seq.output.append(token)
         seq.counts[token] = seq.counts.get(token, 0) + 1
