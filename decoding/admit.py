@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
-from decoding.core import BadRequest, Group, ModelRunner, Policy, Request, Sequence, Track, UnknownModel
-from decoding.detokenizer import Detokenizer
+from decoding.core import BadRequest, ModelRunner, Policy, Request, UnknownModel
 from decoding.kv import BlockPool, root_key
-from decoding.text import StopStrings, TextModel
+from decoding.output import OutputText
+from decoding.state import Group, Sequence, Track
+from decoding.text import TextModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,33 +20,6 @@ class Hosted:
     runner: ModelRunner
     text: TextModel
     kv_memory: int | None = None
-
-
-class OutputText:
-    """The text of one sequence: ids in, what may be shown out, cut at the first stop string."""
-
-    def __init__(self, model: TextModel, request: Request) -> None:
-        sampling = request.sampling
-        self._detokenizer = Detokenizer(model.vocabulary, sampling.skip_special_tokens)
-        self._stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
-
-    @property
-    def matched(self) -> str | None:
-        """The stop string that ended the text."""
-        return self._stops.matched
-
-    def stopped(self) -> bool:
-        """Whether a stop string has ended the text."""
-        return self.matched is not None
-
-    def push(self, token: int, stops_apply: bool = True) -> str:
-        """Text that is final with this token. Before `min_tokens`, stop strings do not apply."""
-        piece = self._detokenizer.push((token,))
-        return self._stops.push(piece) if stops_apply else piece
-
-    def finish(self) -> str:
-        """The rest of the text."""
-        return self._stops.push(self._detokenizer.finish()) + self._stops.finish()
 
 
 def make_group(request: Request, serial: int, hosted: Mapping[str, Hosted], pools: Mapping[str, BlockPool]) -> Group:
@@ -71,7 +45,7 @@ def make_group(request: Request, serial: int, hosted: Mapping[str, Hosted], pool
             for model, adapter, prompt in views
         ]
         text = OutputText(hosted[request.text_model].text, request)
-        sequence = Sequence(group, index, (index,), tracks, text=text)
+        sequence = Sequence(group, index, (index,), tracks, text)
         if request.sampling.prompt_logprobs is not None and index == 0:
             sequence.next_row = -_scored(tracks) - 1
         group.sequences.append(sequence)

@@ -29,20 +29,16 @@ from decoding.core import (
     Event,
     Failed,
     FinishReason,
-    Group,
     ModelInfo,
     ModelStats,
     Overloaded,
-    Plan,
     Policy,
     Program,
     PromptLogprobs,
     Request,
     Role,
     Rows,
-    Sample,
     Sampling,
-    Sequence,
     SpanInput,
     Stats,
     Term,
@@ -56,6 +52,7 @@ from decoding.mix import mix
 from decoding.prepare import Entry, prepare
 from decoding.sampling import Drawn, hard_mask, log_softmax_rows, token_logprobs, verify
 from decoding.scheduler import Scheduler
+from decoding.state import Group, Plan, Sample, Sequence
 from decoding.text import Chat, Prompt
 
 logger = logging.getLogger("trimtab.engine")

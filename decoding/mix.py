@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from decoding.core import Gate, Policy, Rows, Sample
+from decoding.core import Gate, Policy, Rows
+from decoding.state import Sample
 from decoding.truncate import top_p_mask
 
 Allowed = Callable[[Sample, int], torch.Tensor | None]  # (sample, its i-th row) -> [W] bool, None: every token is
@@ -41,7 +42,7 @@ def mix(samples: Sequence[Sample], rows: Mapping[str, Rows], allowed: Allowed, s
         groups.setdefault(_shape(sample), []).append((start, sample))
         start += sample.count
     if len(groups) == 1:
-        return _mix_group([*groups.values()][0], rows, allowed, starts)
+        return _mix_group(next(iter(groups.values())), rows, allowed, starts)
     widest = max(sample.sequence.group.width for sample in samples)
     device = next(iter(rows.values())).logits.device
     mixed = Mixed(torch.full((total, widest), -torch.inf, device=device), {})
@@ -104,7 +105,10 @@ def _rows(rows: Rows, j: int, samples: Sequence[Sample], width: int) -> torch.Te
 
 
 def _sum(terms: Sequence[torch.Tensor], weights: torch.Tensor, in_place: bool = False) -> torch.Tensor:
-    """sum_j w_j z_j, [n, W]; `in_place` may spend terms[0]. Weight 0 (a solver's) leaves its term out: 0 * inf is nan."""
+    """sum_j w_j z_j, [n, W]; `in_place` may spend terms[0].
+
+    A weight of 0 (only a solver's) leaves its term out: 0 * inf is nan.
+    """
     zero = (weights == 0).any(dim=0).tolist()
     ones = bool((weights[:, 0] == 1.0).all())
     alone = in_place and all(term is not terms[0] for term in terms[1:])

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from decoding.core import Sampling, Sequence, TokenLogprob
+from decoding.core import Sampling, TokenLogprob
 from decoding.noise import GUMBEL_MAX, Lane, gumbel, key_tensor, noise_key
+from decoding.state import Sequence
 from decoding.truncate import first_ids, keep_mask, top_stable, truncate
 
 

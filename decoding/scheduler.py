@@ -11,8 +11,9 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable, Mapping
 
-from decoding.core import EngineConfig, Group, Plan, Sample, Sequence, Span, Track
+from decoding.core import EngineConfig
 from decoding.kv import BlockPool, chain_key
+from decoding.state import Group, Plan, Sample, Sequence, Span, Track
 
 
 class Scheduler:

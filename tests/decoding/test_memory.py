@@ -10,12 +10,14 @@ import torch
 from decoding.core import EngineConfig, ModelLoadError
 from decoding.memory import divide_kv
 
+CPU = torch.device("cpu")
+
 
 @dataclass
 class Sized:
     bytes_per_token: int
     max_model_len: int = 4096
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     def kv_bytes_per_block(self, block_size: int) -> int:
         return self.bytes_per_token * block_size
@@ -32,6 +34,7 @@ def test_models_hold_the_same_number_of_positions() -> None:
 
 def test_no_pool_is_larger_than_it_can_use_and_the_rest_goes_to_the_others() -> None:
     blocks = divide({"a": Sized(100), "b": Sized(10, 32)}, kv_memory=110 * 16 * 500, max_num_seqs=4)
+    assert list(blocks) == ["a", "b"]
     assert blocks["b"] == 4 * 2 + 1
     assert blocks["a"] == (110 * 16 * 500 - 9 * 160) // 1600
 

@@ -17,9 +17,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from decoding.core import Group, Policy, Program, Request, Role, Sampling, Sequence, Term, Track
+from decoding.core import Policy, Program, Request, Role, Sampling, Term
 from decoding.noise import GUMBEL_MAX, Lane, gumbel, key_tensor, noise_key, uniform
 from decoding.sampling import process, token_logprobs, verify
+from decoding.state import Group, Sequence, Track
 from decoding.truncate import keep_mask, top_p_mask, truncate
 
 
@@ -29,7 +30,7 @@ def sequence(
     policy = Policy(tuple(Term(f"t{i}", Role("m")) for i in range(terms)))
     request = Request("r", Program("x", policy), (prompt,) * terms, sampling, "m", 1000, (1,))
     group = Group(request, 0, policy, tuple(range(terms)), 1000, 100)
-    seq = Sequence(group, 0, (path,), [Track("m", prompt, b"") for _ in range(terms)])
+    seq = Sequence(group, 0, (path,), [Track("m", prompt, b"") for _ in range(terms)], None)
     for token in output or []:
         seq.output.append(token)
         seq.counts[token] = seq.counts.get(token, 0) + 1
