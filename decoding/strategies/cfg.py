@@ -39,6 +39,6 @@ STRATEGY = Strategy(
     "Two prompts for one model: the answer moves away from the negative prompt's.",
     ClassifierFreeGuidance,
     build,
-    negative_by_definition=True,
+    "z_neg + guidance (z_pos − z_neg)",
     paper="Sanchez et al. 2023, Stay on Topic with Classifier-Free Guidance, arXiv:2306.17806",
 )

@@ -33,7 +33,7 @@ STRATEGY = Strategy(
     "A small tuned model and its untuned twin steer a large untuned one.",
     ProxyTuning,
     build,
+    "z_base + alpha (z_expert − z_anti)",
     needs=("expert", "anti: the expert before its tuning, same vocabulary"),
-    negative_by_definition=True,
     paper="Liu et al. 2024, Tuning Language Models by Proxy, arXiv:2401.08565",
 )
