@@ -140,7 +140,8 @@ class Served:
         except ValidationError as error:
             raise from_validation(error, schema.model_fields, "decoding") from error
         values = {key: getattr(checked, key) for key in schema.model_fields}
-        self._check_signs(strategy, values)
+        if self.negative_weights != "any":
+            _check_signs(params, "decoding")
         try:
             program = strategy.build(strategy.params(**values), model)
         except BadRequest as error:
@@ -151,15 +152,6 @@ class Served:
                 raise UnknownModel(term.role.model, tuple(self.catalog), param=param)
         return program
 
-    def _check_signs(self, strategy: Strategy, values: Mapping[str, Any]) -> None:
-        """Turning a method's sign round can undo a safety tuning, so only the operator may allow it."""
-        if self.negative_weights == "any":
-            return
-        for key, value in values.items():
-            if isinstance(value, int | float) and value < 0:
-                message = f"decoding.{key} is {value:g}; negative values need the server's --negative-weights any."
-                raise ApiError(400, message, f"decoding.{key}", "negative_weight")
-
     def strategies(self) -> list[dict[str, Any]]:
         """Every strategy: what it does, its parameters as a JSON schema, what it needs and combines with."""
         return [
@@ -167,6 +159,7 @@ class Served:
                 "id": name,
                 "object": "strategy",
                 "summary": strategy.summary,
+                "formula": strategy.formula,
                 "parameters": self._params[name].model_json_schema(),
                 "needs": list(strategy.needs),
                 "combines_with": {"speculation": [], "search": []},
@@ -175,3 +168,16 @@ class Served:
             }
             for name, strategy in STRATEGIES.items()
         ]
+
+
+def _check_signs(value: Any, path: str) -> None:
+    """Turning a method's sign round can undo a safety tuning, so only the operator may allow it."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            _check_signs(part, f"{path}.{key}")
+    elif isinstance(value, list):
+        for i, part in enumerate(value):
+            _check_signs(part, f"{path}.{i}")
+    elif isinstance(value, int | float) and value < 0:
+        message = f"{path} is {value:g}; negative values need the server's --negative-weights any."
+        raise ApiError(400, message, path, "negative_weight")

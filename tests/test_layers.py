@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from decoding.strategies import STRATEGIES
+from decoding.strategies import STRATEGIES, table
 
 ROOT = Path(__file__).parent.parent
 OURS = {"server", "decoding", "triton_kernels", "training", "clients"}
@@ -56,3 +56,8 @@ def test_no_strategy_is_named_outside_its_own_file() -> None:
                 continue
             for node in ast.walk(ast.parse(path.read_text())):
                 assert not (isinstance(node, ast.Constant) and node.value in names), f"{path} names {node.value!r}"
+
+
+def test_the_readmes_table_of_strategies_is_generated() -> None:
+    """`python -m decoding.strategies` prints it."""
+    assert table() in (ROOT / "README.md").read_text()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields
+
 from decoding.strategies import (
     cfg,
     contrastive,
@@ -32,4 +34,17 @@ STRATEGIES: dict[str, Strategy] = {
     )
 }
 
-__all__ = ["STRATEGIES", "Strategy"]
+
+def table() -> str:
+    """The strategies as a Markdown table."""
+    lines = ["| strategy | next-token distribution | parameters (default) | source |", "|---|---|---|---|"]
+    for name, strategy in STRATEGIES.items():
+        shown = []
+        for each in fields(strategy.params):
+            known = each.default is not MISSING and each.default is not None
+            shown.append(f"`{each.name}`" + (f" ({each.default})" if known else ""))
+        lines.append(f"| `{name}` | {strategy.formula} | {', '.join(shown)} | {strategy.paper} |")
+    return "\n".join(lines)
+
+
+__all__ = ["STRATEGIES", "Strategy", "table"]

@@ -54,6 +54,47 @@ def test_strategies_describe_their_parameters(ask: Ask) -> None:
     assert listed["plain"]["parameters"]["properties"] == {}
 
 
+EVERY: list[dict[str, Any]] = [
+    {"strategy": "plain"},
+    STEERING,
+    {"strategy": "emulated_fine_tuning", "tuned": ["expert", "base"], "reference": "base-small", "top_p": 0.9},
+    {"strategy": "dynamic_fusion", "experts": ["expert"], "small": "base-small", "mode": "paper"},
+    {"strategy": "contrastive", "amateur": "base-small"},
+    {"strategy": "cfg", "negative_prompt": [{"role": "user", "content": "Be rude."}]},
+    {"strategy": "contrastive_prompt", "better": "Be kind.", "worse": "Be rude."},
+    {"strategy": "reward_guided", "arms": [{"model": "expert", "weight": 0.5, "view": {"system": "harmless: 1"}}]},
+    {"strategy": "multi_objective", "models": [{"model": "expert", "weight": 0.5}, {"model": "base-small"}]},
+    {"strategy": "unlearning", "assistant": "base-small"},
+    {"strategy": "nudging", "nudger": "expert"},
+]
+
+
+@pytest.mark.parametrize("decoding", EVERY, ids=lambda decoding: str(decoding["strategy"]))
+def test_every_strategy_is_read_from_json(ask: Ask, decoding: dict[str, Any]) -> None:
+    answer = ask(CHAT, HI | {"model": "base", "decoding": decoding})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["decoding"]["strategy"] == decoding["strategy"]
+    assert error_of(ask(CHAT, HI | {"model": "base", "decoding": decoding | {"nonsense": 1}}))["param"]
+
+
+def test_every_strategy_has_an_example_above() -> None:
+    assert [each["strategy"] for each in EVERY] == list(STRATEGIES)
+
+
+@pytest.mark.parametrize(
+    ("decoding", "param"),
+    [
+        ({"strategy": "reward_guided", "arms": [{"model": "expert", "weight": -1}]}, "decoding.arms.0.weight"),
+        ({"strategy": "reward_guided", "arms": [{"model": "expert", "wait": 1}]}, "decoding.arms.0.wait"),
+        ({"strategy": "contrastive", "amateur": "base-small", "plausibility": 2}, "decoding.plausibility"),
+        ({"strategy": "emulated_fine_tuning", "tuned": "expert", "reference": "gone"}, "decoding.reference"),
+        (STEERING | {"alpha": -0.5}, "decoding.alpha"),
+    ],
+)
+def test_bad_parameters_are_named(ask: Ask, decoding: dict[str, Any], param: str) -> None:
+    assert error_of(ask(CHAT, HI | {"model": "base", "decoding": decoding}))["param"] == param
+
+
 @pytest.mark.parametrize("decoding", [{"strategy": "none"}, STEERING | {"expert": "gone"}, STEERING | {"beta": 1}])
 def test_a_preset_that_cannot_be_served_stops_the_start(decoding: dict[str, Any]) -> None:
     catalog = {name: Entry(TEXTS[name], ModelInfo(name, 9, 9, 9, 9, "", "")) for name in MODELS}
