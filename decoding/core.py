@@ -25,6 +25,7 @@ import torch
 
 Message = Mapping[str, Any]  # a chat message as OpenAI defines it: {"role": ..., "content": ...}
 FinishReason = Literal["stop", "length", "abort", "error"]
+ViewKind = Literal["auto", "plain", "chat", "system", "prefix", "messages", "text"]
 
 
 class TrimtabError(Exception):
@@ -83,7 +84,7 @@ class View:
     text      another text altogether
     """
 
-    kind: Literal["auto", "plain", "chat", "system", "prefix", "messages", "text"] = "auto"
+    kind: ViewKind = "auto"
     text: str = ""
     messages: tuple[Message, ...] = ()
 

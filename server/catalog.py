@@ -17,11 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from decoding.core import BadRequest, ModelLoadError, Program, UnknownModel
 from decoding.prepare import Catalog, shared_width
-from decoding.strategies import STRATEGIES, Strategy
+from decoding.strategies import POLICY, STRATEGIES, Strategy
 from server.config import Preset
 from server.errors import ApiError, from_validation, nearest
 
-_LATER = ("policy", "speculation", "search", "trace")
+_LATER = ("speculation", "search", "trace")
 _OFF: dict[str, tuple[Any, ...]] = {"speculation": (None, False), "trace": (None, False)}
 
 
@@ -64,7 +64,7 @@ class Served:
         assert default in names, "the default is served"
         self.names = tuple(dict.fromkeys([default, *names]))
         self.created = int(time.time())
-        self._params = {name: params_model(strategy) for name, strategy in STRATEGIES.items()}
+        self._params = {name: params_model(strategy) for name, strategy in (STRATEGIES | {POLICY.name: POLICY}).items()}
 
     def model_object(self, name: str) -> dict[str, Any]:
         """OpenAI's model object; a preset names the model behind it as root and parent. Raises UnknownModel."""
@@ -102,7 +102,7 @@ class Served:
         """The program of a request. Raises ApiError and UnknownModel.
 
         A request to a preset may change its parameters: its `decoding` is laid over the preset's. With a `strategy` of
-        its own it stands alone.
+        its own, or a policy in full, it stands alone.
         """
         name = self.names[0] if name is None else name
         preset = self.presets.get(name)
@@ -110,7 +110,7 @@ class Served:
         if model not in self.catalog:
             raise UnknownModel(name, self.names)
         asked = dict(decoding or {})
-        if preset and asked.get("strategy") is None:
+        if preset and asked.get("strategy") is None and asked.get("policy") is None:
             asked = preset.decoding | {key: value for key, value in asked.items() if key != "strategy"}
         return Resolved(name, model, self._program(asked, model))
 
@@ -120,7 +120,14 @@ class Served:
             if axis in params and params.pop(axis) not in _OFF.get(axis, (None,)):
                 param = f"decoding.{axis}"
                 raise ApiError(400, f"{param} is not available in this version.", param, "unsupported_parameter")
-        name = params.pop("strategy", None)
+        policy, name = params.pop("policy", None), params.pop("strategy", None)
+        if policy is not None:
+            if name is not None or params:
+                other = "decoding.strategy" if name is not None else f"decoding.{next(iter(params))}"
+                raise ApiError(400, "decoding.policy says it all: nothing may stand beside it.", other)
+            if not isinstance(policy, dict):
+                raise ApiError(400, "decoding.policy must be an object.", "decoding.policy")
+            return self._build(POLICY, policy, model, "decoding.policy")
         if name is None:
             if params:
                 raise ApiError(400, f"decoding needs a strategy: {', '.join(STRATEGIES)}.", "decoding.strategy")
@@ -129,26 +136,26 @@ class Served:
             hint = nearest(str(name), STRATEGIES)
             message = f"Unknown strategy '{name}'.{hint} Available: {', '.join(STRATEGIES)}."
             raise ApiError(400, message, "decoding.strategy", "unknown_strategy")
-        return self._build(STRATEGIES[name], params, model)
+        return self._build(STRATEGIES[name], params, model, "decoding")
 
-    def _build(self, strategy: Strategy, params: dict[str, Any], model: str) -> Program:
+    def _build(self, strategy: Strategy, params: dict[str, Any], model: str, path: str) -> Program:
         schema = self._params[strategy.name]
         try:
             # By way of JSON: strictness there takes arrays for tuples, and null for an absent field is dropped.
             given = json.dumps({key: value for key, value in params.items() if value is not None})
             checked = schema.model_validate_json(given)
         except ValidationError as error:
-            raise from_validation(error, schema.model_fields, "decoding") from error
+            raise from_validation(error, schema.model_fields, path) from error
         values = {key: getattr(checked, key) for key in schema.model_fields}
         if self.negative_weights != "any":
-            _check_signs(params, "decoding")
+            _check_signs(params, path)
         try:
             program = strategy.build(strategy.params(**values), model)
         except BadRequest as error:
-            raise ApiError(400, error.message, f"decoding.{error.param}" if error.param else "decoding") from error
+            raise ApiError(400, error.message, f"{path}.{error.param}" if error.param else path) from error
         for term in program.policy.terms:
             if term.role.model not in self.catalog:
-                param = f"decoding.{term.name}" if term.name in values else "decoding"
+                param = f"{path}.{term.name}" if term.name in values else path
                 raise UnknownModel(term.role.model, tuple(self.catalog), param=param)
         return program
 

@@ -12,6 +12,7 @@ from decoding.strategies import (
     nudging,
     plain,
     proxy_tuning,
+    raw,
     reward_guided,
     unlearning,
 )
@@ -34,6 +35,8 @@ STRATEGIES: dict[str, Strategy] = {
     )
 }
 
+POLICY = raw.STRATEGY  # not a row of the dict: it is `decoding.policy`, not `decoding.strategy`
+
 
 def table() -> str:
     """The strategies as a Markdown table."""
@@ -47,4 +50,4 @@ def table() -> str:
     return "\n".join(lines)
 
 
-__all__ = ["STRATEGIES", "Strategy", "table"]
+__all__ = ["POLICY", "STRATEGIES", "Strategy", "table"]

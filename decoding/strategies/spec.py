@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from decoding.core import BadRequest, Program, View
+from decoding.core import BadRequest, Program, View, ViewKind
 
 STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}  # how nested parameters are read from JSON
 ViewParam = str | dict[str, Any]
@@ -55,12 +55,12 @@ def parse_view(value: ViewParam | None, name: str = "view") -> View:
     """A view as requests write it. Raises BadRequest naming the parameter."""
     if value is None:
         return View()
-    if value == "auto" or value == "plain" or value == "chat":
-        return View(value)
+    if isinstance(value, str) and value in ("auto", "plain", "chat"):
+        return View(cast(ViewKind, value))
     if isinstance(value, Mapping) and len(value) == 1:
         ((kind, content),) = value.items()
         if kind in ("system", "prefix", "text") and isinstance(content, str):
-            return View(kind, text=content)
+            return View(cast(ViewKind, kind), text=content)
         if kind == "messages" and isinstance(content, list) and content and all(_is_message(m) for m in content):
             return View("messages", messages=tuple(content))
     raise BadRequest(f"'{name}' must be {_VIEW_HELP}.", name)

@@ -93,7 +93,7 @@ CASES: list[tuple[str, dict[str, Any], str | None, str]] = [
     (TEXT, X | {"decoding": {"strategy": "proxy_tuning", "anti": "base"}}, "decoding.expert", "Missing"),
     (TEXT, X | {"decoding": DECODING | {"search": {"kind": "beam"}}}, "decoding.search", "not available"),
     (TEXT, X | {"decoding": DECODING | {"speculation": {"draft": "expert"}}}, "decoding.speculation", "not available"),
-    (TEXT, X | {"decoding": {"policy": {}}}, "decoding.policy", "not available"),
+    (TEXT, X | {"decoding": {"policy": {}}}, "decoding.policy.terms", ""),
     (TEXT, X | {"decoding": {"strategy": "cfg", "negative_prompt": [{"x": 1}]}}, "decoding", "needs a role"),
     ("/tokenize", {"model": "base"}, None, "either prompt or messages"),
     ("/detokenize", {"model": "base", "tokens": [10**6]}, "tokens", "outside"),

@@ -77,6 +77,43 @@ def test_every_strategy_is_read_from_json(ask: Ask, decoding: dict[str, Any]) ->
     assert error_of(ask(CHAT, HI | {"model": "base", "decoding": decoding | {"nonsense": 1}}))["param"]
 
 
+POLICY: dict[str, Any] = {
+    "terms": [
+        {"name": "strong", "model": "base", "weight": 1},
+        {"name": "expert", "model": "expert", "weight": 1, "view": "auto", "gated": True},
+        {"name": "anti", "model": "base-small", "weight": -1, "gated": True},
+    ],
+    "gate": {"kind": "top_p", "value": 0.9, "of": "expert"},
+    "plausibility": {"kind": "ratio", "value": 0.1, "of": "strong"},
+}
+
+
+def test_a_policy_in_full(ask: Ask) -> None:
+    body = HI | {"decoding": {"policy": POLICY}}
+    assert error_of(ask(CHAT, body))["param"] == "decoding.policy.terms.2.weight"
+    answer = ask(CHAT, body, negative_weights="any")
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["decoding"]["strategy"] == "policy"
+
+
+@pytest.mark.parametrize(
+    ("decoding", "param"),
+    [
+        ({"policy": POLICY, "alpha": 1}, "decoding.alpha"),
+        ({"policy": POLICY, "strategy": "plain"}, "decoding.strategy"),
+        ({"policy": 7}, "decoding.policy"),
+        ({"policy": POLICY | {"gate": None}}, "decoding.policy.gate"),
+        ({"policy": POLICY | {"terms": []}}, "decoding.policy.terms"),
+        ({"policy": POLICY | {"terms": [{"wait": 1}]}}, "decoding.policy.terms.0.wait"),
+        ({"policy": POLICY | {"gate": {"kind": "top_p", "value": 0.9, "of": "nobody"}}}, "decoding.policy.gate"),
+        ({"policy": {"terms": [{"model": "gone"}]}}, "decoding.policy"),
+        ({"policy": {"terms": [{}, {}]}}, "decoding.policy.terms"),
+    ],
+)
+def test_a_bad_policy_is_named(ask: Ask, decoding: dict[str, Any], param: str) -> None:
+    assert error_of(ask(CHAT, HI | {"decoding": decoding}, negative_weights="any"))["param"] == param
+
+
 def test_every_strategy_has_an_example_above() -> None:
     assert [each["strategy"] for each in EVERY] == list(STRATEGIES)
 
