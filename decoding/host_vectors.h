@@ -1,0 +1,65 @@
+// What the CPU kernels share: vectors of 16 floats, and bf16.
+//
+// Written with GCC vector extensions, which compile to AVX-512, AVX2 or NEON. Sums are always fp32.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <vector>
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kLanes = 16;
+typedef float F16 __attribute__((vector_size(64)));
+typedef int32_t I16 __attribute__((vector_size(64)));
+typedef uint32_t U16 __attribute__((vector_size(64)));
+typedef uint16_t H16 __attribute__((vector_size(32)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+inline void from_float(float x, float* out) { *out = x; }
+inline void from_float(float x, bf16* out) {  // round to nearest even, NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  out->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline F16 load(const float* p) {
+  F16 out;
+  std::memcpy(&out, p, sizeof out);
+  return out;
+}
+inline F16 load(const bf16* p) {
+  H16 half;
+  std::memcpy(&half, p, sizeof half);
+  return (F16)(__builtin_convertvector(half, U16) << 16);
+}
+inline void store(float* p, F16 x) { std::memcpy(p, &x, sizeof x); }
+inline F16 splat(float x) { return F16{} + x; }
+inline F16 least(F16 a, F16 b) { return a < b ? a : b; }
+inline F16 most(F16 a, F16 b) { return a > b ? a : b; }
+inline float sum(F16 x) {
+  float total = 0;
+  for (int i = 0; i < kLanes; i++) total += x[i];
+  return total;
+}
+
+}  // namespace

@@ -1,0 +1,154 @@
+"""Loads a Hugging Face causal LM and decides whether it can be served exactly; refuses with a sentence otherwise.
+
+In order: the configuration (`host_gate`), a tiny twin of the model (`selfcheck`), the weights (safetensors only), the
+attention calls of the real model (`host_probe`), its logits on two short prompts (`selfcheck`).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from decoding.core import ModelLoadError, ModelSpec
+from decoding.host_gate import causal_class, context_limit
+from decoding.runner import Runner
+from decoding.selfcheck import check_twin, check_weights, own_logits
+
+log = logging.getLogger(__name__)
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+CAUSAL_KINDS = frozenset({"causal", "guard", "judge", "self_eval"})
+PROMPT_TOKENS = 16
+
+
+def load_model(spec: ModelSpec, *, compile: bool = True, self_check: bool = True) -> Runner:
+    """Load, gate and check one model. With `compile`, `Runner.warm_up` will compile; nothing is compiled here.
+
+    Raises ModelLoadError, with a sentence that says what is wrong, for anything that would not be served exactly.
+    """
+    try:
+        return _load(spec, compile, self_check)
+    except ModelLoadError as error:
+        message = str(error)
+        raise error if message.startswith("Model '") else ModelLoadError(f"Model '{spec.id}': {message}") from error
+
+
+def _load(spec: ModelSpec, compile: bool, self_check: bool) -> Runner:
+    if spec.kind not in CAUSAL_KINDS:
+        raise ModelLoadError(f"kind '{spec.kind}' is not served; a causal LM is needed ({', '.join(CAUSAL_KINDS)}).")
+    config = read_config(spec)
+    kind = causal_class(config)
+    length = context_limit(config, spec.max_model_len)
+    device = _device(spec)
+    dtype = _dtype(spec, config, device)
+    if self_check:
+        check_twin(kind, config)
+    model = read_weights(spec, kind, config, dtype).to(device)
+    ids = torch.arange(2 * PROMPT_TOKENS, device=device).view(2, -1) * 7919 % int(model.config.vocab_size)
+    expected = own_logits(model, ids) if self_check else None
+    runner = Runner(model, spec.id, length, compile=compile)
+    if expected is not None:
+        runner.allocate(2, PROMPT_TOKENS)
+        try:
+            check_weights(runner, expected, ids.tolist())
+        except ModelLoadError:
+            runner.close()
+            raise
+        runner.release()
+    return runner
+
+
+def read_config(spec: ModelSpec) -> Any:
+    """The model's configuration. Raises ModelLoadError when there is none, or it is not one."""
+    path = Path(spec.path)
+    if path.exists():
+        file = path / "config.json"
+        if not path.is_dir():
+            raise ModelLoadError(f"{spec.path} is not a directory; give a model directory or a hub id.")
+        if not file.is_file():
+            raise ModelLoadError(f"{spec.path} has no config.json, so it is not a model directory.")
+        try:
+            values = json.loads(file.read_text())
+        except ValueError as error:
+            raise ModelLoadError(f"{file} is not valid JSON: {error}.") from error
+        if not isinstance(values, dict) or "model_type" not in values:
+            raise ModelLoadError(f"{file} names no model_type.")
+        _find_weights(path)
+    elif spec.path.startswith(("/", "./", "../", "~")) or spec.path.count("/") > 1:
+        raise ModelLoadError(f"the directory {spec.path} does not exist.")
+    try:
+        return AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
+    except Exception as error:
+        raise ModelLoadError(f"the configuration of {spec.path} cannot be read: {_first_line(error)}") from error
+
+
+def _find_weights(path: Path) -> None:
+    """Refuse a directory without complete safetensors before transformers looks for anything else."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelLoadError(f"{index} is not a safetensors index: {_first_line(error)}") from error
+        missing = [shard for shard in shards if not (path / shard).is_file()]
+        if missing:
+            raise ModelLoadError(f"{path} lacks {', '.join(missing)}, which its safetensors index names.")
+    elif not (path / "model.safetensors").is_file():
+        pickles = any(path.glob("*.bin")) or any(path.glob("*.pt"))
+        hint = " Convert its pickled weights with save_pretrained(safe_serialization=True)." if pickles else ""
+        raise ModelLoadError(f"{path} has no model.safetensors; only safetensors are loaded.{hint}")
+
+
+def read_weights(spec: ModelSpec, kind: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with every weight from safetensors. Raises ModelLoadError when one is missing or does not fit."""
+    try:
+        model, info = kind.from_pretrained(
+            spec.path,
+            config=copy.deepcopy(config),
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=spec.trust_remote_code,
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise ModelLoadError(f"the weights in {spec.path} cannot be loaded: {_first_line(error)}") from error
+    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if info.get(problem):
+            some = ", ".join(sorted(str(key) for key in info[problem])[:4])
+            raise ModelLoadError(f"{len(info[problem])} {problem.replace('_', ' ')} in its safetensors: {some}.")
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
+def _device(spec: ModelSpec) -> torch.device:
+    if spec.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(spec.device)
+    except RuntimeError as error:
+        raise ModelLoadError(f"device '{spec.device}' is not known: {_first_line(error)}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelLoadError(f"device '{spec.device}' was asked for, but there is no CUDA device.")
+    return device
+
+
+def _dtype(spec: ModelSpec, config: Any, device: torch.device) -> torch.dtype:
+    if spec.dtype != "auto" and spec.dtype not in DTYPES:
+        raise ModelLoadError(f"dtype '{spec.dtype}' is not one of auto, {', '.join(DTYPES)}.")
+    own = getattr(config, "dtype", None) or torch.float32
+    dtype = DTYPES.get(str(own).removeprefix("torch."), torch.float32) if spec.dtype == "auto" else DTYPES[spec.dtype]
+    if dtype == torch.float16 and device.type == "cpu":
+        log.warning("Model '%s': float16 runs as float32 on a CPU; dtype bfloat16 is faster.", spec.id)
+        return torch.float32
+    return dtype
