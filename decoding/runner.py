@@ -24,6 +24,7 @@ from decoding.host_probe import probe
 
 log = logging.getLogger(__name__)
 COMPILED_CHUNK = 16  # longest chunk that is compiled although not all of its rows are wanted
+COMPILE_FROM = 10_000_000  # parameters: below, a start of ten seconds would save less than a millisecond a tick
 UNBOUNDED_LENGTH = 4096  # for models that state no context length
 
 
@@ -124,6 +125,8 @@ class Runner:
         Takes seconds to a minute, less when torch's on-disk cache has seen the model. Call it after `allocate`,
         while no block is in use: it writes to blocks 0 and 1.
         """
+        if self.parameters < COMPILE_FROM:
+            return False
         room = self.layers[0].keys.shape[0] >= 2
         if not (self._may_compile and self._kernels and room) or self._compiled is not None:
             return self._compiled is not None

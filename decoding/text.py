@@ -6,9 +6,11 @@ view. `Detokenizer` and `StopStrings` turn output ids into text that may be show
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -62,6 +64,18 @@ def _join_contents(messages: Sequence[Message], **_: Any) -> str:
     return "\n\n".join(str(message["content"]) for message in ordered if message["content"])
 
 
+def _card(spec: ModelSpec) -> dict[str, Any]:
+    """What our trainer wrote beside the weights (`trimtab.json`); empty for a model that it did not make."""
+    path = Path(spec.path) / "trimtab.json"
+    if not path.is_file():
+        return {}
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelLoadError(f"'{path}' is not valid JSON: {error}.") from error
+    return card if isinstance(card, dict) else {}
+
+
 class TextModel:
     """A model as text sees it: tokenizer, templates, stop ids. Thread-safe once built.
 
@@ -106,13 +120,14 @@ class TextModel:
         except (OSError, ValueError):
             generation = None
         config = config.get_text_config()
+        card = _card(spec)
         eos = getattr(generation, "eos_token_id", None)
         eos = getattr(config, "eos_token_id", None) if eos is None else eos
         limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
         return cls(
             spec.id,
             tokenizer,
-            plain_template=spec.plain_template,
+            plain_template=spec.plain_template or card.get("plain_template"),
             view=spec.view,
             eos_ids=[int(i) for i in ([] if eos is None else eos if isinstance(eos, list) else [eos])],
             max_length=spec.max_model_len or next((int(limit) for limit in limits if limit), None),

@@ -11,6 +11,7 @@ import asyncio
 import atexit
 import logging
 import multiprocessing
+import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -39,6 +40,10 @@ Launch = Callable[[EngineFactory], tuple[Worker, Connection]]
 
 def launch_process(factory: EngineFactory, log_level: str = "info") -> tuple[Worker, Connection]:
     """The engine in a process of its own; `factory` must be picklable."""
+    # Threads that spin for long between parallel regions starve each other once anything else runs on their cores (a
+    # tokenizer, this server); ones that never spin take twice as long for a tick. The child reads this as it starts.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(

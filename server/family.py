@@ -13,7 +13,10 @@ from typing import Any
 FAMILY = Path(__file__).parent / "family" / "manifest.json"
 DEFAULT = "base@chat"
 PRESETS = {
-    DEFAULT: {"model": "base", "decoding": {"strategy": "proxy_tuning", "expert": "expert", "anti": "base-small"}}
+    DEFAULT: {
+        "model": "base",
+        "decoding": {"strategy": "proxy_tuning", "expert": "expert", "anti": "base-small", "alpha": 0.7},
+    }
 }
 
 

@@ -132,6 +132,10 @@ def publish(shop: Workshop, output: Path, reports: Mapping[str, Report], evaluat
         },
         "samples": evaluation["samples"],
     }
+    for name in MEMBERS:
+        card = {"role": _KINDS[name][1], "plain_template": PLAIN_TEMPLATE, "recipe": manifest["command"]}
+        card |= {"sha256": reports[name]["sha256"]}
+        (output / name / "trimtab.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n")
     (output / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     shop.console.print(f"wrote {output / 'manifest.json'}")
 
