@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -54,6 +55,7 @@ from decoding.sampling import Drawn, hard_mask, log_softmax_rows, token_logprobs
 from decoding.scheduler import Scheduler
 from decoding.state import Group, Plan, Sample, Sequence
 from decoding.text import Chat, Prompt
+from decoding.trace import Chosen, trace
 
 logger = logging.getLogger("trimtab.engine")
 
@@ -101,8 +103,7 @@ class Engine:
         self._groups[request.id] = group
         root, *others = group.sequences
         if root.rows_wanted <= 0:  # nothing to compute: max_tokens 0 and no prompt rows
-            for sequence in group.sequences:
-                self._finish(sequence, "length", None, (), "", ())
+            self._finish_empty(group)
             return
         group.unforked = others
         self.scheduler.add(root)
@@ -133,6 +134,7 @@ class Engine:
             self._prompt_logprobs(plan, z)
             drawing, index = self._drawing(plan)
             drawn = verify(z if len(index) == len(z) else z[index], drawing, self._generator) if drawing else []
+            self._trace(plan, dict(zip(drawing, drawn, strict=True)), mixed.weights, rows)
             self._advance_solvers(drawing, drawn, [mixed.weights.get(row) for row in index])
             self._commit(plan, dict(zip(drawing, drawn, strict=True)))
         else:
@@ -248,6 +250,24 @@ class Engine:
         return self._word_starts[model, width]
 
     @staticmethod
+    def _trace(
+        plan: Plan, drawn: Mapping[Sequence, Drawn], weights: Mapping[int, list[float]], rows: Mapping[str, Rows]
+    ) -> None:
+        """Fill in the traces of requests that ask for them."""
+        chosen: list[Chosen] = []
+        filled: list[Drawn] = []
+        row = -1
+        for sample in plan.samples:
+            row += sample.count
+            each = drawn.get(sample.sequence)
+            if each and sample.sequence.group.request.program.trace and each.token is not None and each.logprob:
+                chosen.append(Chosen(sample, each.token, each.logprob.logprob, weights.get(row)))
+                filled.append(each)
+        if chosen:
+            for each, entry in zip(filled, trace(chosen, rows), strict=True):
+                each.trace = entry
+
+    @staticmethod
     def _advance_solvers(drawing: list[Sequence], drawn: list[Drawn], weights: list[list[float] | None]) -> None:
         for sequence, each, chosen in zip(drawing, drawn, weights, strict=True):
             solver = sequence.group.policy.solver
@@ -278,8 +298,7 @@ class Engine:
             if sequence in drawn:
                 self._append(sequence, drawn[sequence])
             elif group.max_output == 0 and sequence.next_row >= -1:
-                for each in group.sequences:
-                    self._finish(each, "length", None, (), "", ())
+                self._finish_empty(group)
 
     def _send_prompt_logprobs(self, group: Group, sequence: Sequence) -> None:
         if group.request.sampling.prompt_logprobs is not None and not sequence.output and sequence.next_row >= -1:
@@ -298,24 +317,14 @@ class Engine:
         group.completion_tokens += 1
         if group.unforked and sequence is group.sequences[0]:
             self._fork_children(group)
-        logprobs = (drawn.logprob,) if drawn.logprob is not None else ()
-        length = len(sequence.output)
-        text = sequence.text
-        if length > sampling.min_tokens or not sampling.min_tokens:
-            if token in sampling.stop_token_ids:
-                shown = text.push(token, True) if sampling.include_stop_str_in_output else ""
-                self._finish(sequence, "stop", token, (token,), shown, logprobs)
-                return
-            if token in group.request.eos_ids and not sampling.ignore_eos:
-                self._finish(sequence, "stop", None, (token,), text.push(token, True), logprobs)
-                return
-        shown = text.push(token, length >= sampling.min_tokens)
-        if text.stopped():
-            self._finish(sequence, "stop", text.matched, (token,), shown, logprobs)
-        elif length >= group.max_output:
-            self._finish(sequence, "length", None, (token,), shown, logprobs)
+        shown, reason, stop_reason = _progress(sequence, token)
+        logprobs = (drawn.logprob,) if drawn.logprob is not None and sampling.logprobs is not None else ()
+        trace = (drawn.trace,) if drawn.trace is not None else ()
+        delta = Delta(group.request.id, sequence.index, (token,), shown, logprobs, reason, stop_reason, trace)
+        if reason is None:
+            self._events.append(delta)
         else:
-            self._events.append(Delta(group.request.id, sequence.index, (token,), shown, logprobs))
+            self._finish(sequence, delta)
 
     def _fork_children(self, group: Group) -> None:
         """The root's prompt is computed: its siblings start on the same blocks."""
@@ -324,24 +333,22 @@ class Engine:
             for model, source, target in self.scheduler.fork(group.sequences[0], child):
                 self.runners[model].copy_blocks([(source, target)])
 
-    def _finish(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        stop_reason: int | str | None,
-        tokens: tuple[int, ...],
-        shown: str,
-        logprobs: tuple[TokenLogprob, ...],
-    ) -> None:
+    def _finish_empty(self, group: Group) -> None:
+        """Nothing was to be generated: every choice ends without a token."""
+        for sequence in group.sequences:
+            self._finish(sequence, Delta(group.request.id, sequence.index, (), "", finish_reason="length"))
+
+    def _finish(self, sequence: Sequence, delta: Delta) -> None:
+        """The sequence's last delta, with the text that was held back; the request's end if it was the last one."""
         group, text = sequence.group, sequence.text
         if text.matched is None:
-            shown += text.finish()
+            delta = replace(delta, text=delta.text + text.finish())
             if text.stopped():
-                reason, stop_reason = "stop", text.matched
+                delta = replace(delta, finish_reason="stop", stop_reason=text.matched)
         sequence.finished = True
         self.scheduler.remove(sequence)
         request = group.request
-        self._events.append(Delta(request.id, sequence.index, tokens, shown, logprobs, reason, stop_reason))
+        self._events.append(delta)
         if all(each.finished for each in group.sequences):
             prompt = len(request.prompts[0])
             forwards = tuple(group.forwards.items())
@@ -372,3 +379,18 @@ class Engine:
             str(runner.dtype).removeprefix("torch."),
             str(runner.device),
         )
+
+
+def _progress(sequence: Sequence, token: int) -> tuple[str, FinishReason | None, int | str | None]:
+    """The text that `token`, just appended, lets out; why the sequence ends with it, if it does; which stop did it."""
+    group, text, length = sequence.group, sequence.text, len(sequence.output)
+    sampling = group.request.sampling
+    if length > sampling.min_tokens:
+        if token in sampling.stop_token_ids:
+            return text.push(token) if sampling.include_stop_str_in_output else "", "stop", token
+        if token in group.request.eos_ids and not sampling.ignore_eos:
+            return text.push(token), "stop", None
+    shown = text.push(token, stops_apply=length >= sampling.min_tokens)
+    if text.stopped():
+        return shown, "stop", text.matched
+    return shown, "length" if length >= group.max_output else None, None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from decoding.core import Sampling, TokenLogprob
+from decoding.core import Sampling, TokenLogprob, TokenTrace
 from decoding.noise import GUMBEL_MAX, Lane, gumbel, key_tensor, noise_key
 from decoding.state import Sequence
 from decoding.truncate import first_ids, keep_mask, top_stable, truncate
@@ -20,10 +20,14 @@ from decoding.truncate import first_ids, keep_mask, top_stable, truncate
 
 @dataclass(slots=True)
 class Drawn:
-    """What one row gave: the token, or None if no token was allowed, and its log-prob if asked for."""
+    """What one row gave: the token, or None if no token was allowed, and its log-prob if asked for.
+
+    `trace` is filled in by the engine for requests that ask for it.
+    """
 
     token: int | None
     logprob: TokenLogprob | None = None
+    trace: TokenTrace | None = None
 
 
 def verify(z: torch.Tensor, sequences: Seq[Sequence], generator: torch.Generator) -> list[Drawn]:
@@ -31,8 +35,7 @@ def verify(z: torch.Tensor, sequences: Seq[Sequence], generator: torch.Generator
 
     Rows of requests with a seed use noise keyed by (seed, path, position); the others use `generator`.
     """
-    wants = [s.group.request.sampling.logprobs for s in sequences]
-    reported = {i: k for i, k in enumerate(wants) if k is not None}
+    reported = {i: k for i, s in enumerate(sequences) if (k := _reported(s)) is not None}
     lp = log_softmax_rows(z, list(reported))  # before the processors edit z
     for i, sequence in enumerate(sequences):
         if _processes(sequence):
@@ -49,6 +52,13 @@ def verify(z: torch.Tensor, sequences: Seq[Sequence], generator: torch.Generator
         if alive[i]:
             drawn[i].logprob = token_logprobs(lp[row : row + 1], [choice[i]], k)[0]
     return drawn
+
+
+def _reported(sequence: Sequence) -> int | None:
+    """How many of the best tokens are reported beside the chosen one, None if nothing is."""
+    request = sequence.group.request
+    wanted = request.sampling.logprobs
+    return 0 if wanted is None and request.program.trace else wanted
 
 
 def _processes(sequence: Sequence) -> bool:

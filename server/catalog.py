@@ -10,7 +10,7 @@ import json
 import time
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -21,8 +21,8 @@ from decoding.strategies import POLICY, STRATEGIES, Strategy
 from server.config import Preset
 from server.errors import ApiError, from_validation, nearest
 
-_LATER = ("speculation", "search", "trace")
-_OFF: dict[str, tuple[Any, ...]] = {"speculation": (None, False), "trace": (None, False)}
+_LATER = ("speculation", "search")
+_OFF: dict[str, tuple[Any, ...]] = {"speculation": (None, False)}
 
 
 def params_model(strategy: Strategy) -> type[BaseModel]:
@@ -120,6 +120,12 @@ class Served:
             if axis in params and params.pop(axis) not in _OFF.get(axis, (None,)):
                 param = f"decoding.{axis}"
                 raise ApiError(400, f"{param} is not available in this version.", param, "unsupported_parameter")
+        trace = params.pop("trace", None)
+        if trace is not None and not isinstance(trace, bool):
+            raise ApiError(400, "decoding.trace must be true or false.", "decoding.trace")
+        return replace(self._strategy(params, model), trace=bool(trace))
+
+    def _strategy(self, params: dict[str, Any], model: str) -> Program:
         policy, name = params.pop("policy", None), params.pop("strategy", None)
         if policy is not None:
             if name is not None or params:
