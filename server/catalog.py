@@ -1,6 +1,6 @@
 """What is served under which name: models, presets, and the program that a request's `model` and `decoding` mean.
 
-Strategies are read from `decoding.strategies.STRATEGIES` and nothing here knows one by name: their parameters'
+Strategies are read from `decoding.strategies.discover` and nothing here knows one by name: their parameters'
 dataclasses become pydantic models, which check requests and describe themselves as JSON schemas.
 """
 
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from decoding.core import BadRequest, ModelLoadError, Program, UnknownModel
 from decoding.prepare import Catalog, shared_width
-from decoding.strategies import POLICY, STRATEGIES, Strategy
+from decoding.strategies import POLICY, Strategy, discover
 from server.config import Preset
 from server.errors import ApiError, from_validation, nearest
 
@@ -64,7 +64,9 @@ class Served:
         assert default in names, "the default is served"
         self.names = tuple(dict.fromkeys([default, *names]))
         self.created = int(time.time())
-        self._params = {name: params_model(strategy) for name, strategy in (STRATEGIES | {POLICY.name: POLICY}).items()}
+        self._strategies = discover()
+        known = self._strategies | {POLICY.name: POLICY}
+        self._params = {name: params_model(strategy) for name, strategy in known.items()}
 
     def model_object(self, name: str) -> dict[str, Any]:
         """OpenAI's model object; a preset names the model behind it as root and parent. Raises UnknownModel."""
@@ -136,13 +138,13 @@ class Served:
             return self._build(POLICY, policy, model, "decoding.policy")
         if name is None:
             if params:
-                raise ApiError(400, f"decoding needs a strategy: {', '.join(STRATEGIES)}.", "decoding.strategy")
+                raise ApiError(400, f"decoding needs a strategy: {', '.join(self._strategies)}.", "decoding.strategy")
             name = "plain"
-        if not isinstance(name, str) or name not in STRATEGIES:
-            hint = nearest(str(name), STRATEGIES)
-            message = f"Unknown strategy '{name}'.{hint} Available: {', '.join(STRATEGIES)}."
+        if not isinstance(name, str) or name not in self._strategies:
+            hint = nearest(str(name), self._strategies)
+            message = f"Unknown strategy '{name}'.{hint} Available: {', '.join(self._strategies)}."
             raise ApiError(400, message, "decoding.strategy", "unknown_strategy")
-        return self._build(STRATEGIES[name], params, model, "decoding")
+        return self._build(self._strategies[name], params, model, "decoding")
 
     def _build(self, strategy: Strategy, params: dict[str, Any], model: str, path: str) -> Program:
         schema = self._params[strategy.name]
@@ -179,7 +181,7 @@ class Served:
                 "lossless": strategy.lossless,
                 "paper": strategy.paper or None,
             }
-            for name, strategy in STRATEGIES.items()
+            for name, strategy in self._strategies.items()
         ]
 
 
