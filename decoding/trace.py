@@ -23,7 +23,8 @@ class Chosen:
 
 def trace(chosen: Sequence[Chosen], rows: Mapping[str, Rows]) -> list[TokenTrace]:
     """One entry per chosen token. Each model's rows are read once, for all tokens together."""
-    found: dict[tuple[int, int], tuple[float, int]] = {}  # (entry, track) -> log-prob, rank
+    found: dict[tuple[int, int], float] = {}  # (entry, track) -> log-prob
+    ranks: dict[int, int] = {}  # entry -> rank under the first term
     wanted: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
     for i, each in enumerate(chosen):
         group = each.sample.sequence.group
@@ -37,19 +38,22 @@ def trace(chosen: Sequence[Chosen], rows: Mapping[str, Rows]) -> list[TokenTrace
         tokens = torch.tensor([chosen[i].token for i, _, _ in entries], device=logits.device)[:, None]
         own = part.gather(1, tokens)
         values = (own - torch.logsumexp(part, 1, keepdim=True))[:, 0].tolist()
-        before = torch.arange(width, device=logits.device) < tokens
-        ranks = ((part > own) | ((part == own) & before)).sum(1).tolist()
-        for (i, j, _), value, rank in zip(entries, values, ranks, strict=True):
-            found[i, j] = value, rank
-    return [_entry(i, each, found) for i, each in enumerate(chosen)]
+        found |= {(i, j): value for (i, j, _), value in zip(entries, values, strict=True)}
+        first = [e for e, (i, j, _) in enumerate(entries) if j == chosen[i].sample.sequence.group.term_tracks[0]]
+        if first:
+            part, own, tokens = (x if len(first) == len(entries) else x[first] for x in (part, own, tokens))
+            above = (part > own).sum(1)
+            equal = (part == own).logical_and_(torch.arange(width, device=logits.device) < tokens).sum(1)
+            ranks |= {entries[e][0]: rank for e, rank in zip(first, (above + equal).tolist(), strict=True)}
+    return [_entry(i, each, found, ranks[i]) for i, each in enumerate(chosen)]
 
 
-def _entry(i: int, each: Chosen, found: Mapping[tuple[int, int], tuple[float, int]]) -> TokenTrace:
+def _entry(i: int, each: Chosen, found: Mapping[tuple[int, int], float], rank: int) -> TokenTrace:
     group = each.sample.sequence.group
     terms = group.policy.terms
     weights = each.weights or [term.weight for term in terms]
     roles = tuple(
-        RoleTrace(term.name, found[i, track][0], weight)
+        RoleTrace(term.name, found[i, track], weight)
         for term, track, weight in zip(terms, group.term_tracks, weights, strict=True)
     )
-    return TokenTrace(each.token, each.mixed, found[i, group.term_tracks[0]][1], roles)
+    return TokenTrace(each.token, each.mixed, rank, roles)
