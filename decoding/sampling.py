@@ -17,6 +17,8 @@ from decoding.noise import GUMBEL_MAX, Lane, gumbel, key_tensor, noise_key
 from decoding.state import Sequence
 from decoding.truncate import first_ids, keep_mask, top_stable, truncate
 
+_COLDEST = 1e-30  # a temperature below it is this one: fp32 has no smaller number worth dividing by
+
 
 @dataclass(slots=True)
 class Drawn:
@@ -96,11 +98,11 @@ def process(row: torch.Tensor, sequence: Sequence) -> None:
         row.masked_fill_(~mask, -torch.inf)
     if s.repetition_penalty != 1.0:
         seen = torch.tensor(
-            sorted({i for i in {*sequence.tracks[0].prompt, *sequence.counts} if i < row.shape[0]}), device=row.device
+            sorted({i for i in {*sequence.group.request.prompts[0], *sequence.counts} if i < row.shape[0]}),
+            device=row.device,
         )
-        if (
-            len(sequence.group.policy.terms) > 1
-        ):  # a mix has no natural zero: use log-probs, which no shift of a model changes
+        # A mix has no natural zero: log-probs have one, and no shift of a model's logits changes them.
+        if len(sequence.group.policy.terms) > 1:
             row -= torch.logsumexp(row, 0)
         old = row[seen]
         row[seen] = torch.where(old > 0, old / s.repetition_penalty, old * s.repetition_penalty)
@@ -120,7 +122,9 @@ def draw(z: torch.Tensor, sequences: Seq[Sequence], generator: torch.Generator) 
     """
     n = z.shape[0]
     params = [s.group.request.sampling for s in sequences]
-    z = z / torch.tensor([p.temperature for p in params], device=z.device)[:, None]
+    # From the best logit down: a tiny temperature then sends all others to -inf, and nothing to +inf.
+    scale = torch.tensor([max(p.temperature, _COLDEST) for p in params], device=z.device)[:, None]
+    z = (z - z.amax(1, keepdim=True)) / scale
     tokens = [0] * n
     cut = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1.0 or p.min_p > 0.0]
     whole = sorted(set(range(n)).difference(cut))
