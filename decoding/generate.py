@@ -1,7 +1,7 @@
 """The engine without a server: load models, collect completions.
 
 engine = Engine(load_models({"base": "models/base", "expert": "models/expert", "small": "models/small"}))
-program = proxy_tuning(ProxyTuning(expert="expert", anti="small"), "base")
+program = STRATEGIES["proxy_tuning"].build(ProxyTuning(expert="expert", anti="small"), "base")
 for completion in engine.generate(["Once upon a time"], program): print(completion.text)
 """
 

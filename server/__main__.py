@@ -31,7 +31,7 @@ def command(
     kv_memory: Annotated[str | None, typer.Option(help="Bytes for keys and values, such as 8GiB.")] = None,
     block_size: Count = None,
     enable_prefix_caching: Flag = None,
-    enforce_eager: Annotated[bool | None, typer.Option(help="Do not compile, use no CUDA graphs.")] = None,
+    enforce_eager: Annotated[bool | None, typer.Option(help="Do not compile forwards.")] = None,
     self_check: Annotated[
         bool | None, typer.Option(help="Compare each model with its own forward at the start.")
     ] = None,

@@ -26,6 +26,9 @@ RESERVED = ("auto", "ngram", "prediction")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
+CACHE_VARIABLE = "TRIMTAB_CACHE"  # where compiled kernels are kept; not a setting of the server
+
+
 class ConfigError(Exception):
     """The configuration cannot be used; the message names the key and what it may be."""
 
@@ -182,10 +185,12 @@ def load_config(
     if model is not None:
         if values.get("models"):
             raise ConfigError(f"Give either a model ('{model}') or a configuration with 'models', not both.")
-        values |= _alone(model, _to_list(values.get("served_model_name", [])))
+        alone = _alone(model, _to_list(values.get("served_model_name", [])))
+        values |= alone | {"presets": alone["presets"] | _mapping(values, "presets")}
     if not values.get("models"):
         embedded = _embedded(family)
-        embedded["presets"] |= values.pop("presets", None) or {}
+        embedded["presets"] |= _mapping(values, "presets")
+        values.pop("presets", None)
         values = embedded | {key: value for key, value in values.items() if key != "models"}
     try:
         config = Config.model_validate(values)
@@ -212,11 +217,27 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         if not name.startswith("TRIMTAB_"):
             continue
         key = name.removeprefix("TRIMTAB_").lower()
+        if name == CACHE_VARIABLE:
+            continue
         if key not in Config.model_fields:
             logger.warning("The environment variable %s is not known and is ignored.%s", name, _hint(key))
         else:
-            values[key] = yaml.safe_load(value) if key in ("models", "presets", "defaults") else value
+            values[key] = value
+            if key in ("models", "presets", "defaults"):
+                try:
+                    values[key] = yaml.safe_load(value)
+                except yaml.YAMLError as error:
+                    raise ConfigError(f"The environment variable {name} is not YAML: {error}") from error
+            if key == "api_key" and not value.strip():
+                raise ConfigError(f"The environment variable {name} is empty: unset it, or give a key.")
     return values
+
+
+def _mapping(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = values.get(key) or {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key} must be a mapping of names to entries (it is {value!r}).")
+    return value
 
 
 def _hint(key: str) -> str:
@@ -225,6 +246,8 @@ def _hint(key: str) -> str:
 
 def _alone(path: str, names: Sequence[str]) -> dict[str, Any]:
     """One model, under its own name or the names it was given; those after the first are presets that add nothing."""
+    if path.startswith(("/", "./", "../", "~")) and not Path(path).expanduser().exists():
+        raise ConfigError(f"There is no directory '{path}'.")
     own, *aliases = names or [Path(path).resolve().name if Path(path).is_dir() else path]
     return {"models": {own: {"path": path}}, "presets": {alias: {"model": own} for alias in aliases}}
 

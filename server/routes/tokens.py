@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -34,9 +35,11 @@ async def tokenize(request: Request, services: Shared) -> Any:
     if body.messages is not None:
         messages = tuple(message.plain() for message in body.messages)
         generation = body.add_generation_prompt is not False
-        ids = entry.text.render(View(), Chat(messages, add_generation_prompt=generation))
+        chat = Chat(messages, add_generation_prompt=generation)
+        ids = await asyncio.to_thread(entry.text.render, View(), chat)
     else:
-        ids = entry.text.encode(body.prompt or "", bos=body.add_special_tokens is not False)
+        bos = body.add_special_tokens is not False
+        ids = await asyncio.to_thread(entry.text.encode, body.prompt or "", bos)
     made: dict[str, Any] = {"count": len(ids), "max_model_len": entry.info.max_model_len, "tokens": ids}
     if body.return_token_strs:
         made["token_strs"] = [entry.text.vocabulary.tokens[token_id] for token_id in ids]
@@ -54,7 +57,7 @@ async def detokenize(request: Request, services: Shared) -> Any:
     size = len(entry.text.vocabulary.tokens)
     if any(token_id >= size for token_id in body.tokens):
         raise BadRequest(f"A token id is outside the vocabulary (0 to {size - 1}).", "tokens")
-    return {"prompt": entry.text.decode(body.tokens, skip_special_tokens=False)}
+    return {"prompt": await asyncio.to_thread(entry.text.decode, body.tokens, False)}
 
 
 @router.get("/tokenizer_info", summary="What a client needs to know of a tokenizer.")

@@ -130,3 +130,37 @@ def test_the_command_line_has_a_flag_for_every_setting() -> None:
 def test_a_bad_configuration_is_exit_code_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(None, str(tmp_path / "no.yaml"), {}) == 2
     assert capsys.readouterr().err.startswith("error: Cannot read the configuration")
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"TRIMTAB_PRESETS": "[a, b]"}, "presets must be a mapping"),
+        ({"TRIMTAB_MODELS": "{a: ["}, "TRIMTAB_MODELS is not YAML"),
+        ({"TRIMTAB_API_KEY": ""}, "is empty"),
+    ],
+)
+def test_a_broken_environment_is_a_sentence(environment: dict[str, str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load(environment=environment)
+
+
+def test_presets_of_a_file_stay_with_a_model_from_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "presets.yaml"
+    path.write_text("presets: {cold: {model: m, decoding: {strategy: plain}}}")
+    config = load({"served_model_name": ["m", "alias"]}, model="org/m", file=str(path))
+    assert list(config.presets) == ["alias", "cold"]
+    path.write_text("presets: [a]")
+    with pytest.raises(ConfigError, match="presets must be a mapping"):
+        load(model="org/m", file=str(path))
+
+
+def test_a_directory_that_is_not_there_is_said_to_be_missing() -> None:
+    with pytest.raises(ConfigError, match="no directory '/no/such'"):
+        load(model="/no/such")
+
+
+def test_the_kernels_cache_is_no_setting(caplog: pytest.LogCaptureFixture) -> None:
+    load(environment={"TRIMTAB_CACHE": "/x", "TRIMTAB_PROT": "1"})
+    assert "TRIMTAB_PROT" in caplog.text
+    assert "TRIMTAB_CACHE" not in caplog.text
