@@ -87,6 +87,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "base": make_model(folder / "base", base_size, 0),
         "expert": make_model(folder / "expert", side_size, 1),
         "anti": make_model(folder / "anti", side_size, 2),
+        "other": make_model(folder / "other", side_size, 3),
     }
     config = EngineConfig(prefix_cache=False, kv_memory=1 << 30)
     engines = {"compiled": Engine(load_models({k: str(v) for k, v in paths.items()}), config)}
@@ -99,6 +100,10 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     plain = {name: STRATEGIES["plain"].build(STRATEGIES["plain"].params(), name) for name in paths}
     proxy = STRATEGIES["proxy_tuning"]
     mixed = proxy.build(proxy.params(expert="expert", anti="anti"), "base")
+    solved = STRATEGIES["dynamic_fusion"]
+    fusion = solved.build(solved.params(experts=["expert", "other"], small="anti"), "base")
+    tuned = STRATEGIES["emulated_fine_tuning"]
+    emulated = tuned.build(tuned.params(tuned=["expert", "other"], reference="anti", top_p=0.9), "base")
     ours = engines["compiled"]
     sides: dict[str, Side] = {
         "generate x1": lambda: hf_generate(peers["base"], one, n),
@@ -113,7 +118,10 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     if "eager" in engines:
         sides["engine eager x1"] = lambda: engine_run(engines["eager"], plain["base"], one, n)
-    for name in ("expert", "anti"):
+    for title, program in (("fusion", fusion), ("emulated", emulated)):
+        sides[f"{title} x1"] = lambda program=program: engine_run(ours, program, one, n)  # type: ignore[misc]
+        sides[f"{title} x{streams}"] = lambda program=program: engine_run(ours, program, many, n)  # type: ignore[misc]
+    for name in ("expert", "anti", "other"):
         sides[f"{name} x1"] = lambda name=name: engine_run(ours, plain[name], one, n)  # type: ignore[misc]
         sides[f"{name} x{streams}"] = lambda name=name: engine_run(ours, plain[name], many, n)  # type: ignore[misc]
     medians = interleave(sides, args.rounds)
@@ -146,6 +154,10 @@ def ratios(medians: dict[str, dict[str, float]], streams: int) -> dict[str, floa
         ),
         f"proxy x{s}: speed-up over a loop of three forwards": s * step("three forwards x1") / step(f"proxy x{s}"),
     }
+    for title, label in (("fusion", "dynamic fusion, 2 experts"), ("emulated", "EFT, 2 tuned, top-p gate")):
+        for count in (1, s):
+            own = sum(step(f"{m} x{count}") for m in ("engine", "expert", "anti", "other"))
+            table[f"{label} x{count}: time over the four models' own"] = step(f"{title} x{count}") / own
     if "engine eager x1" in medians:
         table["one stream, eager: speed-up over generate"] = step("generate x1") / step("engine eager x1")
     if f"http x{s}" in medians:
