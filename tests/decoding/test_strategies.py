@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare
 
 from decoding.core import BadRequest, Delta, EngineConfig, Failed, Program, Request, Role, Sampling
 from decoding.engine import Engine
+from decoding.sampling import verify
 from decoding.solvers import Fusion
 from decoding.strategies import STRATEGIES
 from decoding.strategies.reward_guided import Arm, Objective
@@ -419,3 +421,64 @@ def test_bad_parameters_name_themselves(kind: str, params: dict[str, Any], names
 def test_solvers_are_plain_data() -> None:
     assert pickle.loads(pickle.dumps(Fusion(True, 1.0, 0.5))) == Fusion(True, 1.0, 0.5)
     assert len({Fusion(), Fusion(), Fusion(step=0.2)}) == 2
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case[0]))
+def test_samples_follow_the_exact_distribution(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1e5 draws from the row that the engine mixed, against softmax of the formula in float64."""
+    import decoding.engine as module
+
+    caught: list[tuple[torch.Tensor, Any]] = []
+
+    def spy(z: torch.Tensor, sequences: Any, generator: torch.Generator) -> Any:
+        caught.append((z.clone(), list(sequences)))
+        return verify(z, sequences, generator)
+
+    monkeypatch.setattr(module, "verify", spy)
+    req = requests([case], max_tokens=1, temperature=1.0, logprobs=None)[0]
+    run(table_engine(models(), CONFIG), [req])
+    (z, (sequence,)) = caught[0]
+    sequence.output.clear()
+    sequence.counts.clear()
+    generator = torch.Generator().manual_seed(11)
+    counts = np.zeros(WIDTH)
+    for _ in range(10):
+        drawn = verify(z.repeat(10_000, 1), [sequence] * 10_000, generator)
+        counts += np.bincount([each.token for each in drawn if each.token is not None], minlength=WIDTH)
+    p = np.exp(lp(case[2](rows_of(models(), req, []))))
+    assert counts[p == 0].sum() == 0
+    common = p * 1e5 >= 5
+    observed = [*counts[common], counts[~common].sum()]
+    expected = [*(p[common] * 1e5), p[~common].sum() * 1e5]
+    if expected[-1] < 5:  # the rare ones together are too rare to test: they go with the last of the others
+        observed = [*observed[:-2], observed[-2] + observed[-1]]
+        expected = [*expected[:-2], expected[-2] + expected[-1]]
+    if len(expected) > 1:
+        assert chisquare(observed, np.array(expected) * sum(observed) / sum(expected)).pvalue > 1e-4
+
+
+def test_every_strategy_equals_full_recompute_on_real_models() -> None:
+    """Tiny random Llamas in fp32, a prompt per view, all strategies and gates in one batch."""
+    from decoding.admit import Hosted
+    from decoding.runner import Runner
+    from decoding.text import TextModel
+    from tests.decoding.test_hosted_engine import tiny_llama
+    from tests.fakes import byte_tokenizer
+
+    text = byte_tokenizer()
+    runners = {name: Runner(tiny_llama(i, WIDTH, 2), name) for i, name in enumerate(NAMES)}
+    engine = Engine({n: Hosted(r, TextModel(n, text)) for n, r in runners.items()}, CONFIG)
+    made = requests(CASES, max_tokens=6)
+    got = run(engine, made)
+    references = {name: tiny_llama(i, WIDTH, 2) for i, name in enumerate(NAMES)}
+    for req, (_, _, formula) in zip(made, CASES, strict=True):
+        ids, entries = got[req.id]
+        for step in range(6):
+            rows = {}
+            for term, prompt in zip(req.program.policy.terms, req.prompts, strict=True):
+                with torch.no_grad():
+                    logits = references[term.role.model](torch.tensor([[*prompt, *ids[:step]]])).logits[0, -1]
+                rows[term.name] = logits.numpy().astype(np.float64)
+            z = formula(rows)
+            assert ids[step] == int(np.argmax(z)), (req.id, step)
+            assert entries[step].logprob == pytest.approx(lp(z)[ids[step]], abs=1e-4), req.id
