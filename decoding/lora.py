@@ -1,8 +1,9 @@
 """LoRA on a hosted model without merging: y += (x down_i^T) up_i for the tokens of adapter i, all in one forward.
 
 Every adapted layer keeps the matrices of all its adapters stacked along the rank, so that a decode batch with many
-adapters is two products and a mask, and a few long stretches are two products each (S-LoRA, arXiv:2311.03285, has
-the same two cases). PEFT's mixed batches choose an adapter per batch row; a packed batch is a single row.
+adapters is one call (a kernel on a CPU, else two products and a mask), and a few long stretches are two products each
+(S-LoRA, arXiv:2311.03285, has the same two cases). PEFT's mixed batches choose an adapter per batch row; a packed
+batch is a single row.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ FEW_TOKENS = 64  # up to here every token meets every adapter: more products, bu
 class Chosen:
     """Which adapter each token of one packed batch uses.
 
-    runs: (adapter, first token, end) in order, none for tokens without one. masks: for few tokens, per layout a
-    [T, K] tensor that is 1 where the token's adapter owns the column, 0 elsewhere; empty: take the runs.
+    runs: (adapter, first token, end) in order, none for tokens without one. For few tokens there is one of two
+    tensors per layout, otherwise the runs are taken: masks [T, K], 1 where the token's adapter owns the column and 0
+    elsewhere, or for the CPU kernel ranges [T, 2] int64, first and last + 1 of the columns that it owns.
     """
 
     tokens: int
     runs: tuple[tuple[str, int, int], ...]
     masks: tuple[Tensor, ...] = ()
+    ranges: tuple[Tensor, ...] = ()
 
 
 @dataclass(slots=True)
@@ -62,6 +65,9 @@ class LoraLayer:
         inputs, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         if inputs.shape[0] != chosen.tokens:
             raise RuntimeError(f"an adapted layer saw {inputs.shape[0]} of {chosen.tokens} tokens")
+        if chosen.ranges:
+            torch.ops.trimtab.lora(inputs, out, self.down, self.up, chosen.ranges[self.layout])
+            return y
         if chosen.masks:
             out.addmm_((inputs @ self.down.T).mul_(chosen.masks[self.layout]), self.up)
             return y
@@ -75,7 +81,9 @@ class LoraLayer:
 class Loras:
     """The adapters that are loaded on one model. `chosen` is what the forward in progress uses; None costs nothing."""
 
-    def __init__(self, model: nn.Module, head: nn.Module) -> None:
+    def __init__(self, model: nn.Module, head: nn.Module, kernel: bool = False) -> None:
+        """With `kernel`, few tokens go through `trimtab::lora`, which `load_kernels()` has made."""
+        self._kernel = kernel
         self.linears = dict(_linears(model, head))
         self.adapters: dict[str, Adapter] = {}
         self.chosen: Chosen | None = None
@@ -132,8 +140,12 @@ class Loras:
             if runs and runs[-1][0] == span.adapter and runs[-1][2] == start:
                 start = runs.pop()[1]
             runs.append((span.adapter, start, end))
-        # Few tokens with a mask stream every loaded adapter once, runs stream theirs once each.
-        masked = end <= FEW_TOKENS and len(self.adapters) <= 2 * len(runs)
+        if end > FEW_TOKENS:
+            return Chosen(end, tuple(runs))
+        if self._kernel:
+            return Chosen(end, tuple(runs), ranges=self._ranges(runs, end))
+        # A mask has every loaded adapter multiplied once, runs have theirs once each.
+        masked = len(self.adapters) <= 2 * len(runs)
         return Chosen(end, tuple(runs), self._masks(runs, end, like) if masked else ())
 
     def _masks(self, runs: Sequence[tuple[str, int, int]], tokens: int, like: Tensor) -> tuple[Tensor, ...]:
@@ -147,6 +159,18 @@ class Loras:
             columns = torch.tensor([numbers[id] for id, rank in layout for _ in range(rank)], device=like.device)
             masks.append((token[:, None] == columns).to(like.dtype))  # [T, K]
         return tuple(masks)
+
+    def _ranges(self, runs: Sequence[tuple[str, int, int]], tokens: int) -> tuple[Tensor, ...]:
+        found = []
+        for layout in self._layouts:
+            columns, first = {}, 0
+            for id, rank in layout:
+                columns[id], first = [first, first + rank], first + rank
+            rows = [[0, 0]] * tokens
+            for id, start, end in runs:
+                rows[start:end] = [columns.get(id, [0, 0])] * (end - start)
+            found.append(torch.tensor(rows))  # [T, 2]
+        return tuple(found)
 
     def _number_layouts(self) -> None:
         self._layouts = []

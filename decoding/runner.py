@@ -71,7 +71,7 @@ class Runner:
         self._kernels = kernels and suits and load_kernels()
         if self._kernels:
             use_few_rows(model)
-        self.loras = Loras(model, model.get_output_embeddings())
+        self.loras = Loras(model, model.get_output_embeddings(), self._kernels)
         AttentionInterface.register(self._name, self._attend)
         self._head_hook = model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
         self.cost = self._measure_cost()

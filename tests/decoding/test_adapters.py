@@ -33,6 +33,7 @@ from decoding.core import (
 )
 from decoding.engine import Engine
 from decoding.generate import collect, load_models
+from decoding.host_build import load_kernels
 from decoding.lora import FEW_TOKENS
 from decoding.prepare import Entry, prepare
 from decoding.runner import Runner
@@ -151,20 +152,23 @@ def test_eight_adapters_and_the_bare_model_in_one_forward(
     short = [SpanInput(prompts[n][-1:], len(prompts[n]) - 1, blocks[n], [0], n) for n in order]
     chosen = runner.loras.choose(short, runner._like)
     assert chosen is not None
-    assert chosen.masks, "few tokens of many adapters take the masked products"
+    assert (bool(chosen.ranges), bool(chosen.masks)) == (runner._kernels, not runner._kernels), "few tokens: one call"
     for name, row in zip(order, runner.forward(short).logits, strict=True):
         torch.testing.assert_close(row, want[name][-1], atol=1e-5, rtol=1e-5)
     runner.close()
 
 
-def test_one_of_eight_adapters_and_neighbours_that_share_one(folder: Path, references: dict[str | None, Any]) -> None:
-    runner = make_runner(folder)
+@pytest.mark.parametrize("kernels", [True, False])
+def test_one_of_eight_adapters_and_neighbours_that_share_one(
+    folder: Path, references: dict[str | None, Any], kernels: bool
+) -> None:
+    runner = make_runner(folder, kernels=kernels)
     prompts = [ids_of(i, 4 + i) for i in range(3)]
     spans = [SpanInput(ids, 0, [i], [len(ids) - 1], "all") for i, ids in enumerate(prompts)]
     chosen = runner.loras.choose(spans, runner._like)
     assert chosen is not None
     assert chosen.runs == (("all", 0, 15),)
-    assert not chosen.masks
+    assert not chosen.masks, "eight times the work for one adapter"
     for ids, row in zip(prompts, runner.forward(spans).logits, strict=True):
         torch.testing.assert_close(row, own_logits(references["all"], ids)[-1], atol=1e-5, rtol=1e-5)
     runner.close()
@@ -237,6 +241,36 @@ def test_eight_adapters_take_less_than_a_third_of_a_model(tmp_path: Path) -> Non
     assert held == 4 * sum(info.parameters for info in infos), "no padding, no second copy"
     assert weights + held < 1.3 * weights
     runner.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("tokens", "size", "width", "ranks"),
+    [(1, 1, 1, [1]), (3, 17, 65, [3]), (16, 64, 64, [8] * 8), (64, 200, 130, [1, 16, 2]), (5, 300, 1000, [40, 7])],
+)
+def test_the_kernel_against_its_formula(
+    tokens: int, size: int, width: int, ranks: list[int], dtype: torch.dtype
+) -> None:
+    """fp64 on the same inputs. fp32: rounding of sums; bf16: fp32 sums and one rounding of y, half an eps."""
+    if not load_kernels():
+        pytest.skip("no C++ compiler")
+    noise = torch.Generator().manual_seed(tokens)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=noise).to(dtype)
+
+    x, y = draw(tokens, size), draw(tokens, width)
+    down, up = draw(sum(ranks), size), draw(sum(ranks), width)
+    ends = torch.tensor(ranks).cumsum(0)
+    columns = torch.stack([ends - torch.tensor(ranks), ends], 1)
+    ranges = torch.cat([columns, torch.zeros(1, 2, dtype=torch.int64)])[torch.arange(tokens) % (len(ranks) + 1)]
+    want = y.double()
+    for t, (start, end) in enumerate(ranges.tolist()):
+        want[t] += (x[t].double() @ down[start:end].double().T) @ up[start:end].double()
+    torch.ops.trimtab.lora(x, y, down, up, ranges)
+    eps = torch.finfo(torch.float32).eps * size**0.5 * 4 + (torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0)
+    scale = (1 + size**0.5 * max(ranks)) if dtype == torch.float32 else want.abs().max()
+    assert float((y.double() - want).abs().max()) <= eps * float(scale)
 
 
 # -- the engine -------------------------------------------------------------------------------------------------------
