@@ -210,6 +210,37 @@ def test_unloading_and_reloading_leaves_the_others_alone(folder: Path, reference
     runner.close()
 
 
+def test_the_compiled_forward_stays_the_bare_models(
+    folder: Path, references: dict[str | None, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters that come before it was compiled and after, and ones that go: no guard is checked any more."""
+    monkeypatch.setattr("decoding.runner.COMPILE_FROM", 0)
+    runner = make_runner(folder, ["two"])
+    ids = ids_of(4, 10)
+    assert runner.warm_up() == runner._kernels
+    calls: list[int] = []
+    if (compiled := runner._compiled) is not None:
+        monkeypatch.setattr(runner, "_compiled", lambda batch: (calls.append(1), compiled(batch))[1])
+        monkeypatch.setattr(runner._compiled, "max_tokens", compiled.max_tokens, raising=False)
+
+    def check(names: list[str | None]) -> None:
+        for count in (1, 2):
+            spans = [SpanInput(ids, 0, [i], range(10), name) for i, name in enumerate(names[:count])]
+            for name, rows in zip(names, runner.forward(spans).logits.split(10)):
+                torch.testing.assert_close(rows, own_logits(references[name], ids), atol=1e-5, rtol=1e-5)
+
+    check([None, None])
+    check(["two", None])
+    runner.load_adapter("all", str(folder / "all"))
+    check(["all", "two"])
+    check([None, None])
+    runner.unload_adapter("two")
+    check([None, None])
+    check(["all", None])
+    assert len(calls) == (6 if runner._kernels else 0), "bare forwards are compiled, before and after"
+    runner.close()
+
+
 @pytest.mark.parametrize(
     ("arch", "targets"),
     [("gpt2", ["c_attn", "c_proj", "c_fc"]), ("qwen2_moe", ["q_proj", "shared_expert.up_proj"])],
