@@ -1,6 +1,9 @@
 // LoRA of few tokens, each with its own adapter: y_t += (x_t down_i^T) up_i over the rows i of token t's adapter.
 // Work is per token, so that a token costs its own adapter only; sums are fp32, y is rounded once.
 #include "host_vectors.h"
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -15,6 +18,20 @@ float dot_rows(const T* a, const T* b, int64_t n) {
   return total;
 }
 
+#ifdef __AVX512BF16__
+template <>
+float dot_rows(const bf16* a, const bf16* b, int64_t n) {
+  __m512 totals[4] = {};
+  auto wide = [](const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); };
+  int64_t k = 0;
+  for (; k + 128 <= n; k += 128)
+    for (int i = 0; i < 4; i++) totals[i] = _mm512_dpbf16_ps(totals[i], wide(a + k + 32 * i), wide(b + k + 32 * i));
+  float total = sum((F16)_mm512_add_ps(_mm512_add_ps(totals[0], totals[1]), _mm512_add_ps(totals[2], totals[3])));
+  for (; k < n; k++) total += to_float(a[k]) * to_float(b[k]);
+  return total;
+}
+#endif
+
 // y[0 .. n) += sum_r weights[r] * up[r], a few vectors of y at a time.
 template <class T>
 void add_rows(const float* weights, const T* up, int64_t rank, int64_t n, T* y) {
@@ -28,19 +45,20 @@ void add_rows(const float* weights, const T* up, int64_t rank, int64_t n, T* y) 
       for (int64_t r = 0; r < rank; r++)
         for (int i = 0; i < 4; i++) totals[i] += splat(weights[r]) * load(up + r * n + k + i * kLanes);
       for (int i = 0; i < 4; i++) store(total + i * kLanes, totals[i]);
+      for (int j = 0; j < kWide; j++) from_float(total[j], y + k + j);
     } else {
       for (int64_t j = 0; j < taken; j++) {
         total[j] = to_float(y[k + j]);
         for (int64_t r = 0; r < rank; r++) total[j] += weights[r] * to_float(up[r * n + k + j]);
+        from_float(total[j], y + k + j);
       }
     }
-    for (int64_t j = 0; j < taken; j++) from_float(total[j], y + k + j);
   }
 }
 
 template <class T>
 void lora_typed(const Tensor& x, Tensor& y, const Tensor& down, const Tensor& up, const int64_t* ranges) {
-  const int64_t tokens = x.size(0), in = x.size(1), width = y.size(1);
+  const int64_t in = down.size(1), width = up.size(1), tokens = x.numel() / in;
   const T *xs = static_cast<const T*>(x.data_ptr()), *downs = static_cast<const T*>(down.data_ptr());
   const T* ups = static_cast<const T*>(up.data_ptr());
   T* ys = static_cast<T*>(y.data_ptr());
@@ -59,7 +77,7 @@ void lora_typed(const Tensor& x, Tensor& y, const Tensor& down, const Tensor& up
   });
 }
 
-// x [T, in], y [T, out], down [K, in], up [K, out], ranges [T, 2] int64 on the CPU: the rows of token t's adapter.
+// x [.., in] and y [.., out] of T tokens, down [K, in], up [K, out], ranges [T, 2] int64 on the CPU: the rows of token t's adapter.
 void lora(const Tensor& x, Tensor y, const Tensor& down, const Tensor& up, const Tensor& ranges) {
   const bool wide = y.scalar_type() == ScalarType::Float;
   STD_TORCH_CHECK(wide || y.scalar_type() == ScalarType::BFloat16, "lora: float32 or bfloat16");
@@ -67,8 +85,9 @@ void lora(const Tensor& x, Tensor y, const Tensor& down, const Tensor& up, const
                       up.scalar_type() == y.scalar_type(), "lora: all in one dtype");
   STD_TORCH_CHECK(y.is_contiguous() && down.is_contiguous() && up.is_contiguous() && ranges.is_contiguous(),
                   "lora: all contiguous");
-  STD_TORCH_CHECK(ranges.scalar_type() == ScalarType::Long && ranges.size(0) == x.size(0) && y.size(0) == x.size(0) &&
-                      down.size(1) == x.size(1) && up.size(1) == y.size(1), "lora: shapes");
+  STD_TORCH_CHECK(ranges.scalar_type() == ScalarType::Long && down.size(0) == up.size(0) &&
+                      x.numel() == ranges.size(0) * down.size(1) && y.numel() == ranges.size(0) * up.size(1),
+                  "lora: an adapted layer did not see every token of the batch");
   const Tensor input = torch::stable::contiguous(x);
   (wide ? lora_typed<float> : lora_typed<bf16>)(input, y, down, up, static_cast<const int64_t*>(ranges.data_ptr()));
 }

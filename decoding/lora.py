@@ -62,12 +62,12 @@ class LoraLayer:
 
     def add(self, x: Tensor, y: Tensor, chosen: Chosen) -> Tensor:
         """x [.., in], y [.., out] the layer's own output, which is written to -> y with the adapters' share."""
+        if chosen.ranges:
+            torch.ops.trimtab.lora.default(x, y, self.down, self.up, chosen.ranges[self.layout])
+            return y
         inputs, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         if inputs.shape[0] != chosen.tokens:
             raise RuntimeError(f"an adapted layer saw {inputs.shape[0]} of {chosen.tokens} tokens")
-        if chosen.ranges:
-            torch.ops.trimtab.lora(inputs, out, self.down, self.up, chosen.ranges[self.layout])
-            return y
         if chosen.masks:
             out.addmm_((inputs @ self.down.T).mul_(chosen.masks[self.layout]), self.up)
             return y
