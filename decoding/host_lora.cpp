@@ -8,6 +8,11 @@
 namespace {
 
 template <class T>
+void fetch(const T* p, int64_t n) {
+  for (int64_t k = 0; k < n; k += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + k, 0, 2);
+}
+
+template <class T>
 float dot_rows(const T* a, const T* b, int64_t n) {
   F16 totals[4] = {};
   int64_t k = 0;
@@ -71,7 +76,12 @@ void lora_typed(const Tensor& x, Tensor& y, const Tensor& down, const Tensor& up
     for (int64_t t = begin; t < end; t++) {
       const int64_t first = ranges[2 * t], rank = ranges[2 * t + 1] - first;
       weights.resize(rank);
-      for (int64_t r = 0; r < rank; r++) weights[r] = dot_rows(xs + t * in, downs + (first + r) * in, in);
+      for (int64_t r = 0; r < rank; r++) {
+        fetch(ups + (first + r) * width, width);  // the next to be read, while this one is multiplied
+        if (r + 1 < rank) fetch(downs + (first + r + 1) * in, in);
+        weights[r] = dot_rows(xs + t * in, downs + (first + r) * in, in);
+      }
+      if (t + 1 < end) fetch(downs + ranges[2 * t + 2] * in, ranges[2 * t + 3] > ranges[2 * t + 2] ? in : 0);
       if (rank > 0) add_rows(weights.data(), ups + first * width, rank, width, ys + t * width);
     }
   });
