@@ -40,6 +40,8 @@ def make_group(request: Request, serial: int, hosted: Mapping[str, Hosted], pool
     roles = [(name, model, prompt) for (model, _, prompt), name in views.items()]
     room = _max_output(request.sampling.max_tokens, roles, hosted, pools)
     group = Group(request, serial, policy, term_tracks, request.width, room)
+    if request.sampling.prompt_logprobs is not None:
+        group.prompt_logprobs = [None]
     for index in range(request.n):
         tracks = [
             Track(model, prompt, _root(model, adapter, request.salt, hosted), adapter)
@@ -48,7 +50,7 @@ def make_group(request: Request, serial: int, hosted: Mapping[str, Hosted], pool
         text = OutputText(hosted[request.text_model].text, request)
         sequence = Sequence(group, index, (index,), tracks, text)
         if request.sampling.prompt_logprobs is not None and index == 0:
-            sequence.next_row = -_scored(tracks) - 1
+            sequence.next_row = -_scored(request.prompts[0], tracks) - 1
         group.sequences.append(sequence)
     return group
 
@@ -138,10 +140,9 @@ def _room(lengths: Seq[int], pool: BlockPool) -> int:
     return low
 
 
-def _scored(tracks: Seq[Track]) -> int:
-    """How many prompt ids can be scored: all but the first, if every role's prompt ends with them."""
-    main = tracks[0].prompt
-    for track in tracks[1:]:
+def _scored(main: tuple[int, ...], tracks: Seq[Track]) -> int:
+    """How many ids of the request's prompt can be scored: all but the first, if every role's prompt ends with them."""
+    for track in tracks:
         if len(track.prompt) < len(main) or track.prompt[len(track.prompt) - len(main) + 1 :] != main[1:]:
             raise BadRequest(
                 "Log-probs of the prompt need every role to see the same prompt, but this policy shows them different "

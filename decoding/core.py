@@ -169,12 +169,13 @@ class Solver(Protocol):
 class Program:
     """What the next-token distribution of a request is. `strategy` is a label for reports only.
 
-    `lossless` says whether the text is an exact sample of the policy.
+    `lossless` says whether the text is an exact sample of the policy; `trace` asks for every role's part in each token.
     """
 
     strategy: str
     policy: Policy
     lossless: bool = True
+    trace: bool = False
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -282,6 +283,25 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class RoleTrace:
+    """What one role thought of a token: its own log-probability at T = 1, and its weight in the mix."""
+
+    role: str
+    logprob: float
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTrace:
+    """How a token came about: the mix's log-probability of it, its rank in the first role (0 is best), every role."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    roles: tuple[RoleTrace, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """New tokens of one choice. `text` is what may be shown now; `finish_reason` is set on the last one.
 
@@ -295,6 +315,7 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    trace: tuple[TokenTrace, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -55,8 +56,9 @@ from decoding.mix import mix
 from decoding.prepare import Entry, prepare
 from decoding.sampling import Drawn, hard_mask, log_softmax_rows, token_logprobs, verify
 from decoding.scheduler import Scheduler
-from decoding.state import Group, Plan, Sample, Sequence
+from decoding.state import Group, Plan, Sample, Sequence, Span
 from decoding.text import Chat, Prompt, TextModel
+from decoding.trace import Chosen, trace
 
 logger = logging.getLogger("trimtab.engine")
 
@@ -69,6 +71,8 @@ class Engine:
 
     def __init__(self, models: Mapping[str, Hosted], config: EngineConfig | None = None) -> None:
         self.config = config or EngineConfig()
+        if self.config.threads:
+            torch.set_num_threads(self.config.threads)
         self.hosted = dict(models)
         self.runners = {id: model.runner for id, model in models.items() if model.adapter is None}
         self.pools: dict[str, BlockPool] = {}
@@ -104,8 +108,7 @@ class Engine:
         self._groups[request.id] = group
         root, *others = group.sequences
         if root.rows_wanted <= 0:  # nothing to compute: max_tokens 0 and no prompt rows
-            for sequence in group.sequences:
-                self._finish(sequence, "length", None, (), "", ())
+            self._finish_empty(group)
             return
         group.unforked = others
         self.scheduler.add(root)
@@ -130,16 +133,15 @@ class Engine:
         """One tick. Returns what happened, in order."""
         plan = self.scheduler.plan()
         rows = self._forward(plan)
+        drawn: dict[Sequence, Drawn] = {}
         if plan.samples:
-            mixed = mix(plan.samples, rows, self._allowed, self._starts)
-            z = mixed.z  # [S, W] fp32
-            self._prompt_logprobs(plan, z)
-            drawing, index = self._drawing(plan)
-            drawn = verify(z if len(index) == len(z) else z[index], drawing, self._generator) if drawing else []
-            self._advance_solvers(drawing, drawn, [mixed.weights.get(row) for row in index])
-            self._commit(plan, dict(zip(drawing, drawn, strict=True)))
-        else:
-            self._commit(plan, {})
+            try:
+                drawn = self._decide(plan.samples, rows)
+            except Exception:
+                logger.exception("a batch could not be sampled; its requests are tried one by one")
+                for sample in plan.samples:
+                    drawn |= self._decide_alone(sample, rows)
+        self._commit(plan, drawn)
         events, self._events = self._events, []
         return events
 
@@ -224,20 +226,12 @@ class Engine:
     def _forward(self, plan: Plan) -> dict[str, Rows]:
         """One packed forward per model. A forward that fails takes down the requests in it, nothing else."""
         rows: dict[str, Rows] = {}
+        # All inputs first: a failed request gives its blocks back, and other models' forwards still name them.
+        inputs = {model: [_span_input(span) for span in spans] for model, spans in plan.spans.items()}
         for model, spans in plan.spans.items():
-            inputs = [
-                SpanInput(
-                    span.sequence.ids(span.track, span.start, span.start + span.count),
-                    span.start,
-                    span.track.blocks,
-                    range(span.count - span.rows, span.count),
-                    span.track.adapter,
-                )
-                for span in spans
-            ]
             began = time.perf_counter()
             try:
-                rows[model] = self.runners[model].forward(inputs)
+                rows[model] = self.runners[model].forward(inputs[model])
             except Exception as error:
                 logger.exception("the forward of '%s' failed", model)
                 for group in {span.sequence.group for span in spans}:
@@ -253,17 +247,38 @@ class Engine:
         plan.samples = [sample for sample in plan.samples if not sample.sequence.finished]
         return rows
 
-    def _drawing(self, plan: Plan) -> tuple[list[Sequence], list[int]]:
-        """Sequences that draw a token in this tick, and their rows of the mix."""
-        drawing: list[Sequence] = []
-        index: list[int] = []
+    def _decide(self, samples: Seq[Sample], rows: Mapping[str, Rows]) -> dict[Sequence, Drawn]:
+        """Mix, score prompts, draw: what each sequence that is due got."""
+        mixed = mix(samples, rows, self._allowed, self._starts)
+        scored = self._score_prompts(samples, mixed.z)
+        due: dict[Sequence, int] = {}  # sequence -> its row of the mix that draws a token
         row = 0
-        for sample in plan.samples:
+        for sample in samples:
             row += sample.count
-            if sample.first + sample.count == len(sample.sequence.output) and sample.sequence.group.max_output:
-                drawing.append(sample.sequence)
-                index.append(row - 1)
-        return drawing, index
+            sequence = sample.sequence
+            if sample.first + sample.count == len(sequence.output) and sequence.group.max_output:
+                due[sequence] = row - 1
+        drawn: dict[Sequence, Drawn] = {}
+        if due:
+            index = list(due.values())
+            z = mixed.z if len(index) == len(mixed.z) else mixed.z[index]
+            drawn = dict(zip(due, verify(z, list(due), self._generator), strict=True))
+            _trace(samples, drawn, mixed.weights, rows)
+            _advance_solvers(drawn, {sequence: mixed.weights.get(at) for sequence, at in due.items()})
+        for group, entries in scored:  # not before all of it has gone well: a batch that failed is tried again
+            self._add_prompt_logprobs(group, entries)
+        return drawn
+
+    def _decide_alone(self, sample: Sample, rows: Mapping[str, Rows]) -> dict[Sequence, Drawn]:
+        """`_decide` for one sample; if that fails, its request does."""
+        if sample.sequence.finished:
+            return {}
+        try:
+            return self._decide([sample], rows)
+        except Exception as error:
+            logger.exception("request %s could not be sampled", sample.sequence.group.request.id)
+            self._fail(sample.sequence.group, f"Sampling failed: {type(error).__name__}.")
+            return {}
 
     def _allowed(self, sample: Sample, i: int) -> torch.Tensor | None:
         """Ids that hard constraints leave at the sample's i-th row; those that score the prompt have none."""
@@ -282,25 +297,28 @@ class Engine:
             self._word_starts[model, width] = mask
         return self._word_starts[model, width]
 
-    @staticmethod
-    def _advance_solvers(drawing: list[Sequence], drawn: list[Drawn], weights: list[list[float] | None]) -> None:
-        for sequence, each, chosen in zip(drawing, drawn, weights, strict=True):
-            solver = sequence.group.policy.solver
-            if solver is not None and chosen is not None and each.token is not None:
-                sequence.solver_state = solver.advance(sequence.solver_state, chosen, each.token)
-
-    def _prompt_logprobs(self, plan: Plan, z: torch.Tensor) -> None:
-        """Score the prompt ids of requests that ask for it; z: [S, W]."""
+    def _score_prompts(self, samples: Seq[Sample], z: torch.Tensor) -> list[tuple[Group, list[TokenLogprob]]]:
+        """Log-probs of the prompt ids that z's rows [S, W] predict, of requests that ask for them."""
+        found: list[tuple[Group, list[TokenLogprob]]] = []
         row = 0
-        for sample in plan.samples:
+        for sample in samples:
             group, k = sample.sequence.group, sample.sequence.group.request.sampling.prompt_logprobs
-            track = sample.sequence.tracks[0]
+            prompt = group.request.prompts[0]
             scored = min(sample.count, -1 - sample.first)  # rows that predict a prompt id
-            if k is not None and scored > 0:
-                at = len(track.prompt) + sample.first + 1
+            if k is not None and group.prompt_logprobs is not None and scored > 0:
+                at = len(prompt) + sample.first + 1
                 lp = log_softmax_rows(z, list(range(row, row + scored)))
-                group.prompt_logprobs += token_logprobs(lp, track.prompt[at : at + scored], k)
+                found.append((group, token_logprobs(lp, prompt[at : at + scored], k)))
             row += sample.count
+        return found
+
+    def _add_prompt_logprobs(self, group: Group, entries: list[TokenLogprob]) -> None:
+        """Keep them until the prompt is complete, then send them, once."""
+        assert group.prompt_logprobs is not None
+        group.prompt_logprobs += entries
+        if len(group.prompt_logprobs) == len(group.request.prompts[0]):
+            self._events.append(PromptLogprobs(group.request.id, tuple(group.prompt_logprobs)))
+            group.prompt_logprobs = None
 
     def _commit(self, plan: Plan, drawn: Mapping[Sequence, Drawn]) -> None:
         self.scheduler.commit(plan)
@@ -309,23 +327,19 @@ class Engine:
             if group.request.id not in self._groups:
                 continue  # another choice of the request failed in this very loop
             sequence.next_row = sample.first + sample.count
-            self._send_prompt_logprobs(group, sequence)
             if sequence in drawn:
                 self._append(sequence, drawn[sequence])
             elif group.max_output == 0 and sequence.next_row >= -1:
-                for each in group.sequences:
-                    self._finish(each, "length", None, (), "", ())
-
-    def _send_prompt_logprobs(self, group: Group, sequence: Sequence) -> None:
-        if group.request.sampling.prompt_logprobs is not None and not sequence.output and sequence.next_row >= -1:
-            entries: list[TokenLogprob | None] = [None, *group.prompt_logprobs]
-            if len(entries) == len(sequence.tracks[0].prompt) and sequence.index == 0:
-                self._events.append(PromptLogprobs(group.request.id, tuple(entries)))
+                self._finish_empty(group)
 
     def _append(self, sequence: Sequence, drawn: Drawn) -> None:
         group, sampling = sequence.group, sequence.group.request.sampling
         if drawn.token is None:
-            self._fail(group, "No token is allowed at this point: the request's masks leave none.", "BadRequest")
+            if hard_mask(sequence, group.width, self._device) is None:
+                models = ", ".join(group.request.program.models)
+                self._fail(group, f"The logits of {models} hold no finite number here.")
+            else:
+                self._fail(group, "No token is allowed at this point: the request's masks leave none.", "BadRequest")
             return
         token = drawn.token
         sequence.output.append(token)
@@ -333,24 +347,14 @@ class Engine:
         group.completion_tokens += 1
         if group.unforked and sequence is group.sequences[0]:
             self._fork_children(group)
-        logprobs = (drawn.logprob,) if drawn.logprob is not None else ()
-        length = len(sequence.output)
-        text = sequence.text
-        if length > sampling.min_tokens or not sampling.min_tokens:
-            if token in sampling.stop_token_ids:
-                shown = text.push(token, True) if sampling.include_stop_str_in_output else ""
-                self._finish(sequence, "stop", token, (token,), shown, logprobs)
-                return
-            if token in group.request.eos_ids and not sampling.ignore_eos:
-                self._finish(sequence, "stop", None, (token,), text.push(token, True), logprobs)
-                return
-        shown = text.push(token, length >= sampling.min_tokens)
-        if text.stopped():
-            self._finish(sequence, "stop", text.matched, (token,), shown, logprobs)
-        elif length >= group.max_output:
-            self._finish(sequence, "length", None, (token,), shown, logprobs)
+        shown, reason, stop_reason = _progress(sequence, token)
+        logprobs = (drawn.logprob,) if drawn.logprob is not None and sampling.logprobs is not None else ()
+        trace = (drawn.trace,) if drawn.trace is not None else ()
+        delta = Delta(group.request.id, sequence.index, (token,), shown, logprobs, reason, stop_reason, trace)
+        if reason is None:
+            self._events.append(delta)
         else:
-            self._events.append(Delta(group.request.id, sequence.index, (token,), shown, logprobs))
+            self._finish(sequence, delta)
 
     def _fork_children(self, group: Group) -> None:
         """The root's prompt is computed: its siblings start on the same blocks."""
@@ -359,24 +363,22 @@ class Engine:
             for model, source, target in self.scheduler.fork(group.sequences[0], child):
                 self.runners[model].copy_blocks([(source, target)])
 
-    def _finish(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        stop_reason: int | str | None,
-        tokens: tuple[int, ...],
-        shown: str,
-        logprobs: tuple[TokenLogprob, ...],
-    ) -> None:
+    def _finish_empty(self, group: Group) -> None:
+        """Nothing was to be generated: every choice ends without a token."""
+        for sequence in group.sequences:
+            self._finish(sequence, Delta(group.request.id, sequence.index, (), "", finish_reason="length"))
+
+    def _finish(self, sequence: Sequence, delta: Delta) -> None:
+        """The sequence's last delta, with the text that was held back; the request's end if it was the last one."""
         group, text = sequence.group, sequence.text
         if text.matched is None:
-            shown += text.finish()
+            delta = replace(delta, text=delta.text + text.finish())
             if text.stopped():
-                reason, stop_reason = "stop", text.matched
+                delta = replace(delta, finish_reason="stop", stop_reason=text.matched)
         sequence.finished = True
         self.scheduler.remove(sequence)
         request = group.request
-        self._events.append(Delta(request.id, sequence.index, tokens, shown, logprobs, reason, stop_reason))
+        self._events.append(delta)
         if all(each.finished for each in group.sequences):
             prompt = len(request.prompts[0])
             forwards = tuple(group.forwards.items())
@@ -410,3 +412,57 @@ class Engine:
             str(runner.device),
             None if adapter is None else adapter.of,
         )
+
+
+def _span_input(span: Span) -> SpanInput:
+    return SpanInput(
+        span.sequence.ids(span.track, span.start, span.start + span.count),
+        span.start,
+        span.track.blocks,
+        range(span.count - span.rows, span.count),
+        span.track.adapter,
+    )
+
+
+def _progress(sequence: Sequence, token: int) -> tuple[str, FinishReason | None, int | str | None]:
+    """The text that `token`, just appended, lets out; why the sequence ends with it, if it does; which stop did it."""
+    group, text, length = sequence.group, sequence.text, len(sequence.output)
+    sampling = group.request.sampling
+    if length > sampling.min_tokens:
+        if token in sampling.stop_token_ids:
+            return text.push(token) if sampling.include_stop_str_in_output else "", "stop", token
+        if token in group.request.eos_ids and not sampling.ignore_eos:
+            return text.push(token), "stop", None
+    shown = text.push(token, stops_apply=length >= sampling.min_tokens)
+    if text.stopped():
+        return shown, "stop", text.matched
+    return shown, "length" if length >= group.max_output else None, None
+
+
+def _trace(
+    samples: Seq[Sample],
+    drawn: Mapping[Sequence, Drawn],
+    weights: Mapping[int, list[float]],
+    rows: Mapping[str, Rows],
+) -> None:
+    """Fill in the traces of requests that ask for them."""
+    chosen: list[Chosen] = []
+    filled: list[Drawn] = []
+    row = -1
+    for sample in samples:
+        row += sample.count
+        each = drawn.get(sample.sequence)
+        if each and sample.sequence.group.request.program.trace and each.token is not None and each.logprob:
+            chosen.append(Chosen(sample, each.token, each.logprob.logprob, weights.get(row)))
+            filled.append(each)
+    if chosen:
+        for each, entry in zip(filled, trace(chosen, rows), strict=True):
+            each.trace = entry
+
+
+def _advance_solvers(drawn: Mapping[Sequence, Drawn], weights: Mapping[Sequence, list[float] | None]) -> None:
+    """Solvers' states move on with what was drawn."""
+    for sequence, each in drawn.items():
+        solver, chosen = sequence.group.policy.solver, weights[sequence]
+        if solver is not None and chosen is not None and each.token is not None:
+            sequence.solver_state = solver.advance(sequence.solver_state, chosen, each.token)

@@ -24,13 +24,14 @@ from decoding.core import (
     PromptLogprobs,
     Request,
     TokenLogprob,
+    TokenTrace,
     Usage,
 )
 
 
 @dataclass(slots=True)
 class Completion:
-    """One finished choice. `logprobs` and `prompt_logprobs` are filled if the sampling asked for them."""
+    """One finished choice. Log-probs are filled if the sampling asked for them, `trace` if the program did."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -38,6 +39,7 @@ class Completion:
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    trace: list[TokenTrace] = field(default_factory=list)
     usage: Usage | None = None
 
 
@@ -77,6 +79,7 @@ def collect(step: Callable[[], list[Event]], requests: Seq[Request]) -> list[Com
                 choice.text += event.text
                 choice.token_ids += event.token_ids
                 choice.logprobs += event.logprobs
+                choice.trace += event.trace
                 choice.finish_reason, choice.stop_reason = event.finish_reason, event.stop_reason
             elif isinstance(event, PromptLogprobs):
                 for choice in mine:

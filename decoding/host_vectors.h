@@ -62,4 +62,21 @@ inline float sum(F16 x) {
   return total;
 }
 
+// exp, relative error below 2e-7 (Cephes' polynomial); underflows to about 1e-38 instead of 0.
+inline F16 exponential(F16 x) {
+  x = least(most(x, splat(-87.0f)), splat(88.0f));
+  F16 scaled = x * 1.44269504088896341f;
+  I16 whole = __builtin_convertvector(scaled + (scaled < 0 ? splat(-0.5f) : splat(0.5f)), I16);
+  F16 n = __builtin_convertvector(whole, F16);
+  F16 r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  F16 p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * (F16)((whole + 127) << 23);
+}
+
 }  // namespace

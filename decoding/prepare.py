@@ -25,6 +25,8 @@ class Entry:
 
 
 Catalog = Mapping[str, Entry]
+MAX_TERMS = 32  # each is rendered and tokenised, and takes a track
+MAX_WEIGHT = 1e6  # beyond it, differences of logits overflow
 
 
 def prepare(
@@ -44,7 +46,12 @@ def prepare(
     BadRequest (code `context_length_exceeded` if the prompt is too long) and UnknownModel.
     """
     terms = program.policy.terms
+    if len(terms) > MAX_TERMS:
+        raise BadRequest(f"The policy has {len(terms)} terms; at most {MAX_TERMS} can be mixed.", "decoding")
     for term in terms:
+        if abs(term.weight) > MAX_WEIGHT:
+            message = f"The weight of '{term.name}' is {term.weight:g}; weights go up to {MAX_WEIGHT:g}."
+            raise BadRequest(message, "decoding")
         if term.role.model not in catalog:
             raise UnknownModel(term.role.model, tuple(catalog), param=f"decoding.{term.name}")
     width = shared_width(program, catalog)
@@ -101,7 +108,7 @@ def check_sampling(sampling: Sampling, width: int) -> None:
     check("top_p", sampling.top_p, 0, 1, open_low=True)
     check("top_k", sampling.top_k, 0, infinity)
     check("min_p", sampling.min_p, 0, 1)
-    check("repetition_penalty", sampling.repetition_penalty, 0, 1e4, open_low=True)
+    check("repetition_penalty", sampling.repetition_penalty, 0.01, 100)
     check("presence_penalty", sampling.presence_penalty, -1e4, 1e4)
     check("frequency_penalty", sampling.frequency_penalty, -1e4, 1e4)
     check("min_tokens", sampling.min_tokens, 0, infinity)

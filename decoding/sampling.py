@@ -12,18 +12,24 @@ from dataclasses import dataclass
 
 import torch
 
-from decoding.core import Sampling, TokenLogprob
+from decoding.core import Sampling, TokenLogprob, TokenTrace
 from decoding.noise import GUMBEL_MAX, Lane, gumbel, key_tensor, noise_key
 from decoding.state import Sequence
 from decoding.truncate import first_ids, keep_mask, top_stable, truncate
 
+_COLDEST = 1e-30  # a temperature below it is this one: fp32 has no smaller number worth dividing by
+
 
 @dataclass(slots=True)
 class Drawn:
-    """What one row gave: the token, or None if no token was allowed, and its log-prob if asked for."""
+    """What one row gave: the token, or None if no token was allowed, and its log-prob if asked for.
+
+    `trace` is filled in by the engine for requests that ask for it.
+    """
 
     token: int | None
     logprob: TokenLogprob | None = None
+    trace: TokenTrace | None = None
 
 
 def verify(z: torch.Tensor, sequences: Seq[Sequence], generator: torch.Generator) -> list[Drawn]:
@@ -31,8 +37,7 @@ def verify(z: torch.Tensor, sequences: Seq[Sequence], generator: torch.Generator
 
     Rows of requests with a seed use noise keyed by (seed, path, position); the others use `generator`.
     """
-    wants = [s.group.request.sampling.logprobs for s in sequences]
-    reported = {i: k for i, k in enumerate(wants) if k is not None}
+    reported = {i: k for i, s in enumerate(sequences) if (k := _reported(s)) is not None}
     lp = log_softmax_rows(z, list(reported))  # before the processors edit z
     for i, sequence in enumerate(sequences):
         if _processes(sequence):
@@ -49,6 +54,13 @@ def verify(z: torch.Tensor, sequences: Seq[Sequence], generator: torch.Generator
         if alive[i]:
             drawn[i].logprob = token_logprobs(lp[row : row + 1], [choice[i]], k)[0]
     return drawn
+
+
+def _reported(sequence: Sequence) -> int | None:
+    """How many of the best tokens are reported beside the chosen one, None if nothing is."""
+    request = sequence.group.request
+    wanted = request.sampling.logprobs
+    return 0 if wanted is None and request.program.trace else wanted
 
 
 def _processes(sequence: Sequence) -> bool:
@@ -86,11 +98,11 @@ def process(row: torch.Tensor, sequence: Sequence) -> None:
         row.masked_fill_(~mask, -torch.inf)
     if s.repetition_penalty != 1.0:
         seen = torch.tensor(
-            sorted({i for i in {*sequence.tracks[0].prompt, *sequence.counts} if i < row.shape[0]}), device=row.device
+            sorted({i for i in {*sequence.group.request.prompts[0], *sequence.counts} if i < row.shape[0]}),
+            device=row.device,
         )
-        if (
-            len(sequence.group.policy.terms) > 1
-        ):  # a mix has no natural zero: use log-probs, which no shift of a model changes
+        # A mix has no natural zero: log-probs have one, and no shift of a model's logits changes them.
+        if len(sequence.group.policy.terms) > 1:
             row -= torch.logsumexp(row, 0)
         old = row[seen]
         row[seen] = torch.where(old > 0, old / s.repetition_penalty, old * s.repetition_penalty)
@@ -110,7 +122,9 @@ def draw(z: torch.Tensor, sequences: Seq[Sequence], generator: torch.Generator) 
     """
     n = z.shape[0]
     params = [s.group.request.sampling for s in sequences]
-    z = z / torch.tensor([p.temperature for p in params], device=z.device)[:, None]
+    # From the best logit down: a tiny temperature then sends all others to -inf, and nothing to +inf.
+    scale = torch.tensor([max(p.temperature, _COLDEST) for p in params], device=z.device)[:, None]
+    z = (z - z.amax(1, keepdim=True)) / scale
     tokens = [0] * n
     cut = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1.0 or p.min_p > 0.0]
     whole = sorted(set(range(n)).difference(cut))

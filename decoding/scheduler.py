@@ -9,6 +9,7 @@ rows are mixed in the same tick.
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from decoding.core import EngineConfig
@@ -119,8 +120,10 @@ class Scheduler:
                         track.published += 1
 
     def _fair(self, ready: list[Sequence]) -> list[Sequence]:
-        """Oldest first; if there are more rows than the budget, one row per request in turn, the least served first."""
-        if sum(len(s.tracks) for s in ready) <= self.config.max_logit_rows:
+        """Oldest first; if a budget does not reach for all, one row per request in turn, the least served first."""
+        rows = sum(len(s.tracks) for s in ready)
+        price = sum(self._price[track.model] for s in ready for track in s.tracks)
+        if rows <= self.config.max_logit_rows and price <= self.config.max_num_batched_tokens:
             return sorted(ready, key=lambda s: s.order)
         turn: dict[Group, int] = {}
         ranked: list[tuple[int, int, int, Sequence]] = []
@@ -132,14 +135,17 @@ class Scheduler:
         return [entry[3] for entry in ranked]
 
     def _admit(self) -> None:
-        if not self.waiting or len(self.running) >= self.config.max_num_seqs:
+        if not self.waiting:
             return
+        seats = Counter(sequence.group for sequence in self.running)
+        self._make_room(seats)
         promised: dict[str, int] = dict.fromkeys(self.pools, 0)
         for sequence in self.running:
             for model, blocks in self._missing(sequence):
                 promised[model] += blocks
         while self.waiting and len(self.running) < self.config.max_num_seqs:
-            sequence = self.waiting[0]
+            # Seats go round by request, so that one with many choices does not keep the others out.
+            sequence = min(self.waiting, key=lambda s: (seats[s.group], s.order))
             wanted = dict(promised)
             for model, blocks in self._missing(sequence):
                 wanted[model] += blocks
@@ -147,7 +153,19 @@ class Scheduler:
             if not fits and self.running:
                 return
             promised = wanted
-            self._run(self.waiting.pop(0))
+            self.waiting.remove(sequence)
+            seats[sequence.group] += 1
+            self._run(sequence)
+
+    def _make_room(self, seats: Counter[Group]) -> None:
+        """All seats are taken: requests that have none get one each from those that have several."""
+        newcomers = {s.group for s in self.waiting if not seats[s.group]}
+        for _ in range(len(newcomers) - (self.config.max_num_seqs - len(self.running))):
+            group = max(seats, key=lambda g: seats[g], default=None)
+            if group is None or seats[group] < 2:
+                return
+            self._preempt(max((s for s in self.running if s.group is group), key=lambda s: s.order))
+            seats[group] -= 1
 
     def _missing(self, sequence: Sequence) -> Iterable[tuple[str, int]]:
         """Blocks each track still lacks before its sequence's next token."""
@@ -162,6 +180,8 @@ class Scheduler:
         prices = [self._price[track.model] for track in sequence.tracks]
         spare = plan.tokens - sum(need * price for need, price in zip(needs, prices))
         rows = min(sequence.rows_wanted, plan.rows // len(sequence.tracks), int(spare / sum(prices)))
+        if not plan.spans and not any(needs):
+            rows = max(rows, 1)  # whoever comes first gets a row: no budget is so small that nothing goes on
         spans: list[Span] = []
         if rows > 0 and not any(blocked):
             for track, need in zip(sequence.tracks, needs):

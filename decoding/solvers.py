@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from decoding.host_build import load_kernels
+
 
 @dataclass(frozen=True, slots=True)
 class Nudge:
@@ -71,70 +73,119 @@ class Fusion:
 
         The loss is (f - F)^2 + (g - G)^2: the sum over experts is m times that, and a constant.
         """
-        points = torch.arange(round(self.max_alpha / self.step) + 1, device=base.device, dtype=base.dtype) * self.step
-        p, deltas, target_f, target_g = _prepare(base, small, experts)
-        values = [_divergences(p, d, points.expand(len(base), -1)) for d in deltas]
+        evidence = _KernelEvidence.of(base, small, experts) or _TorchEvidence(base, small, experts)
+        target_f, target_g = evidence.targets()
+        count = round(self.max_alpha / self.step) + 1
+        points = torch.arange(count, device=base.device, dtype=base.dtype) * self.step
+        start = torch.zeros(len(base), 1, device=base.device, dtype=base.dtype)
+        values = [evidence.divergences(i, start, self.step, count) for i in range(len(experts))]
         f = torch.stack([v[0] for v in values], 1)  # [n, m, K]
         g = torch.stack([v[1] for v in values], 1)
         loss = (f - target_f[:, None, None]) ** 2 + (g - target_g[:, None, None]) ** 2
         best, at = loss.transpose(1, 2).flatten(1).min(1)  # alpha-major: the smaller alpha, then the earlier expert
-        alpha, expert = points[at // len(deltas)], at % len(deltas)
-        if not self.fast or len(points) < 2:
+        alpha, expert = points[at // len(experts)], at % len(experts)
+        if not self.fast or count < 2:
             return alpha, expert, best
         bound = _cell_bound(f, target_f) + _cell_bound(g, target_g)  # [n, m, K - 1]
-        low, cells = bound.topk(min(2, bound.shape[2]), dim=2, largest=False)
+        low, cells = bound.topk(min(2, count - 1), dim=2, largest=False)
         if not bool((low < best[:, None, None]).any()):
             return alpha, expert, best  # every cell is ruled out: the grid's answer is the global optimum
-        fractions = torch.arange(1, 9, device=base.device, dtype=base.dtype) * (self.step / 9)
-        for i, d in enumerate(deltas):
-            finer = (points[cells[:, i]][:, :, None] + fractions).flatten(1)  # [n, 16]
-            fi, gi = _divergences(p, d, finer)
+        finer = self.step / 9
+        for i in range(len(experts)):
+            start = points[cells[:, i]] + finer  # [n, 2]
+            tries = (start[:, :, None] + torch.arange(8, device=base.device, dtype=base.dtype) * finer).flatten(1)
+            fi, gi = evidence.divergences(i, start, finer, 8)
             tried, where = ((fi - target_f[:, None]) ** 2 + (gi - target_g[:, None]) ** 2).min(1)
             better = tried < best
             best = torch.where(better, tried, best)
-            alpha = torch.where(better, finer.gather(1, where[:, None])[:, 0], alpha)
+            alpha = torch.where(better, tries.gather(1, where[:, None])[:, 0], alpha)
             expert = torch.where(better, i, expert)
         return alpha, expert, best
 
 
-def _prepare(
-    base: torch.Tensor, small: torch.Tensor, experts: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """P [n, W], the centred d_i, and the targets F, G [n], over tokens that are finite in every row."""
-    usable = torch.isfinite(base) & torch.isfinite(small)
-    for row in experts:
-        usable &= torch.isfinite(row)
+class _TorchEvidence:
+    """What the rows say, over tokens that every row can say; the specification of the kernels."""
 
-    def normalised(row: torch.Tensor) -> torch.Tensor:
-        return torch.log_softmax(row.masked_fill(~usable, -torch.inf), 1).masked_fill(~usable, 0.0)
+    def __init__(self, base: torch.Tensor, small: torch.Tensor, experts: Sequence[torch.Tensor]) -> None:
+        usable = torch.isfinite(base) & torch.isfinite(small)
+        for row in experts:
+            usable &= torch.isfinite(row)
 
-    p = torch.exp(normalised(base)) * usable
-    p /= p.sum(1, keepdim=True)
-    q = normalised(small)
-    deltas, fs, gs = [], [], []
-    for row in experts:
-        t = normalised(row)
-        d = t - q
-        fs.append((torch.exp(t) * usable * d).sum(1))
-        gs.append(-(torch.exp(q) * usable * d).sum(1))
-        deltas.append((d - (p * d).sum(1, keepdim=True)).masked_fill(~usable, 0.0))
-    return p, deltas, torch.stack(fs).mean(0), torch.stack(gs).mean(0)
+        def normalised(row: torch.Tensor) -> torch.Tensor:
+            return torch.log_softmax(row.masked_fill(~usable, -torch.inf), 1).masked_fill(~usable, 0.0)
+
+        p = torch.exp(normalised(base)) * usable
+        self._p = p / p.sum(1, keepdim=True)
+        q = normalised(small)
+        self._deltas: list[torch.Tensor] = []
+        self._targets: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for row in experts:
+            t = normalised(row)
+            d = t - q
+            self._targets.append(((torch.exp(t) * usable * d).sum(1), -(torch.exp(q) * usable * d).sum(1)))
+            self._deltas.append((d - (self._p * d).sum(1, keepdim=True)).masked_fill(~usable, 0.0))
+
+    def targets(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """F and G, the means over experts of KL(Q_t, Q) and KL(Q, Q_t): [n] each."""
+        return torch.stack([f for f, _ in self._targets]).mean(0), torch.stack([g for _, g in self._targets]).mean(0)
+
+    def divergences(self, i: int, start: torch.Tensor, step: float, points: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """f and g of expert i at start + k step, k < points, for starts [n, c]: [n, c * points] each."""
+        d, f, g = self._deltas[i], [], []
+        highest = d.masked_fill(self._p == 0, -torch.inf).amax(1, keepdim=True)  # exponents stay at or below 0
+        shifted = d - highest
+        for cell in range(start.shape[1]):
+            for k in range(points):
+                a = start[:, cell : cell + 1] + k * step
+                tilted = self._p * torch.exp(a * shifted)
+                total = tilted.sum(1)
+                level = (a * highest)[:, 0] + torch.log(total)
+                f.append(a[:, 0] * (tilted * d).sum(1) / total - level)
+                g.append(level)
+        return torch.stack(f, 1), torch.stack(g, 1)
 
 
-def _divergences(p: torch.Tensor, d: torch.Tensor, alphas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """f(a) = a A'(a) - A(a) and g(a) = A(a), [n, k] each, for alphas [n, k]."""
-    highest = d.masked_fill(p == 0, -torch.inf).amax(1, keepdim=True)  # exponents stay at or below 0
-    shifted = d - highest
-    f, g = [], []
-    for k in range(alphas.shape[1]):
-        a = alphas[:, k : k + 1]
-        tilted = p * torch.exp(a * shifted)
-        total = tilted.sum(1)
-        mean = (tilted * d).sum(1) / total
-        level = (a * highest)[:, 0] + torch.log(total)
-        f.append(a[:, 0] * mean - level)
-        g.append(level)
-    return torch.stack(f, 1), torch.stack(g, 1)
+class _KernelEvidence:
+    """The same from kernels that read each vocabulary once for all points; sums over [n] in float64."""
+
+    def __init__(self, rows: Sequence[torch.Tensor], sums: Sequence[torch.Tensor]) -> None:
+        self._rows, self._dtype = rows, rows[0].dtype
+        self._sums = [each[:, :, :6].double().sum(1) for each in sums]  # [n, 6]
+
+    @classmethod
+    def of(cls, base: torch.Tensor, small: torch.Tensor, experts: Sequence[torch.Tensor]) -> _KernelEvidence | None:
+        """None where the kernels do not apply: other devices and dtypes, no compiler, tokens that a row cannot say."""
+        if base.device.type != "cpu" or base.dtype != torch.float32 or not load_kernels():
+            return None
+        rows = [row.contiguous() for row in (base, small, *experts)]
+        sums = [torch.ops.trimtab.fusion_sums(rows[0], rows[1], row) for row in rows[2:]]
+        if any(bool(each[:, :, 6].any()) for each in sums):
+            return None
+        return cls(rows, sums)
+
+    def targets(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """F and G, [n] each."""
+        f, g = [], []
+        for _, zq, zt, _, qd, td in (each.unbind(1) for each in self._sums):
+            shift = torch.log(zt) - torch.log(zq)
+            f.append(td / zt - shift)
+            g.append(shift - qd / zq)
+        return torch.stack(f).mean(0).to(self._dtype), torch.stack(g).mean(0).to(self._dtype)
+
+    def divergences(self, i: int, start: torch.Tensor, step: float, points: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """f and g of expert i at start + k step, k < points, for starts [n, c]: [n, c * points] each."""
+        base, small, expert = self._rows[0], self._rows[1], self._rows[2 + i]
+        found = torch.ops.trimtab.fusion_moments(base, small, expert, start.contiguous(), step, points)
+        tops, totals, weighted = found.double().unbind(4)  # [n, c, shares, points]
+        top = tops.amax(2, keepdim=True)
+        scale = torch.exp(tops - top)
+        total, mean = (totals * scale).sum(2), (weighted * scale).sum(2)  # [n, c, points]
+        zp, pd = self._sums[i][:, 0, None, None], self._sums[i][:, 3, None, None]
+        centre = pd / zp
+        a = start.double()[:, :, None] + torch.arange(points).double() * step
+        level = top[:, :, 0] + torch.log(total / zp) - a * centre
+        f = a * (mean / total - centre) - level
+        return f.flatten(1).to(self._dtype), level.flatten(1).to(self._dtype)
 
 
 def _cell_bound(values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

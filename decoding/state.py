@@ -87,7 +87,7 @@ class Group:
     max_output: int
     sequences: list[Sequence] = field(default_factory=list)
     unforked: list[Sequence] = field(default_factory=list)  # wait for their root's prefill
-    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] | None = None  # None once they are sent, or if nobody asks
     forwards: dict[str, int] = field(default_factory=dict)
     completion_tokens: int = 0
     cached_tokens: int = 0

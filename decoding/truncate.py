@@ -55,7 +55,7 @@ def kept_counts(values: torch.Tensor, total: torch.Tensor, params: Seq[Sampling]
     """How many of the descending `values` [n, m] are kept, [n] int64. total: [n] log-sum-exp of the whole rows."""
     device, m = values.device, values.shape[1]
     rank = torch.arange(m, device=device)[None]
-    k = torch.tensor([p.top_k or 1 << 62 for p in params], device=device)[:, None]
+    k = torch.tensor([min(p.top_k, 1 << 62) or 1 << 62 for p in params], device=device)[:, None]
     in_k = (rank < k) & torch.isfinite(values)
     head = torch.logsumexp(values.masked_fill(~in_k, -torch.inf), 1)
     norm = torch.where(k[:, 0] < 1 << 62, head, total)[:, None]

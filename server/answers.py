@@ -12,7 +12,7 @@ from typing import Any
 from decoding.core import Delta, Done, Event, Failed, PromptLogprobs, TokenLogprob
 from server.errors import from_failed
 from server.generation import Job
-from server.logprobs import TextLogprobs, chat_logprobs, joined
+from server.logprobs import TextLogprobs, chat_logprobs, joined, reported
 
 
 class Progress:
@@ -85,12 +85,28 @@ class Progress:
         }
 
 
+def trace_entries(delta: Delta) -> list[dict[str, Any]]:
+    """The traces of a delta's tokens as JSON; infinities are reported as in log-probs."""
+    return [
+        {
+            "token_id": entry.token_id,
+            "logprob": reported(entry.logprob),
+            "rank": entry.rank,
+            "roles": [
+                {"role": role.role, "logprob": reported(role.logprob), "weight": role.weight} for role in entry.roles
+            ],
+        }
+        for entry in delta.trace
+    ]
+
+
 @dataclass
 class _Choice:
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
+    trace: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Answer:
@@ -111,11 +127,15 @@ class Answer:
             choice.texts.append(event.text)
             choice.token_ids.extend(event.token_ids)
             choice.logprobs.extend(event.logprobs)
+            choice.trace.extend(trace_entries(event))
             choice.finish_reason = event.finish_reason or choice.finish_reason
 
     def body(self) -> dict[str, Any]:
         """The response's body."""
         job = self.job
+        report = self.progress.decoding()
+        if job.program.trace:
+            report["trace"] = [choice.trace for choice in self._choices]
         return {
             "id": job.id,
             "object": "chat.completion" if job.chat else "text_completion",
@@ -124,7 +144,7 @@ class Answer:
             "choices": [self._choice(index, choice) for index, choice in enumerate(self._choices)],
             "usage": self.progress.usage(),
             "system_fingerprint": None,
-            "decoding": self.progress.decoding(),
+            "decoding": report,
         }
 
     def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:

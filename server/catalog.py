@@ -1,6 +1,6 @@
 """What is served under which name: models, presets, and the program that a request's `model` and `decoding` mean.
 
-Strategies are read from `decoding.strategies.STRATEGIES` and nothing here knows one by name: their parameters'
+Strategies are read from `decoding.strategies.discover` and nothing here knows one by name: their parameters'
 dataclasses become pydantic models, which check requests and describe themselves as JSON schemas.
 """
 
@@ -10,19 +10,19 @@ import json
 import time
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from decoding.core import BadRequest, ModelLoadError, Program, UnknownModel
 from decoding.prepare import Catalog, shared_width
-from decoding.strategies import POLICY, STRATEGIES, Strategy
+from decoding.strategies import POLICY, Strategy, discover
 from server.config import Preset
 from server.errors import ApiError, from_validation, nearest
 
-_LATER = ("speculation", "search", "trace")
-_OFF: dict[str, tuple[Any, ...]] = {"speculation": (None, False), "trace": (None, False)}
+_LATER = ("speculation", "search")
+_OFF: dict[str, tuple[Any, ...]] = {"speculation": (None, False)}
 
 
 def params_model(strategy: Strategy) -> type[BaseModel]:
@@ -64,7 +64,9 @@ class Served:
         assert default in names, "the default is served"
         self.names = tuple(dict.fromkeys([default, *names]))
         self.created = int(time.time())
-        self._params = {name: params_model(strategy) for name, strategy in (STRATEGIES | {POLICY.name: POLICY}).items()}
+        self._strategies = discover()
+        known = self._strategies | {POLICY.name: POLICY}
+        self._params = {name: params_model(strategy) for name, strategy in known.items()}
 
     def model_object(self, name: str) -> dict[str, Any]:
         """OpenAI's model object; a preset names the model behind it as root and parent.
@@ -123,6 +125,12 @@ class Served:
             if axis in params and params.pop(axis) not in _OFF.get(axis, (None,)):
                 param = f"decoding.{axis}"
                 raise ApiError(400, f"{param} is not available in this version.", param, "unsupported_parameter")
+        trace = params.pop("trace", None)
+        if trace is not None and not isinstance(trace, bool):
+            raise ApiError(400, "decoding.trace must be true or false.", "decoding.trace")
+        return replace(self._strategy(params, model), trace=bool(trace))
+
+    def _strategy(self, params: dict[str, Any], model: str) -> Program:
         policy, name = params.pop("policy", None), params.pop("strategy", None)
         if policy is not None:
             if name is not None or params:
@@ -133,13 +141,13 @@ class Served:
             return self._build(POLICY, policy, model, "decoding.policy")
         if name is None:
             if params:
-                raise ApiError(400, f"decoding needs a strategy: {', '.join(STRATEGIES)}.", "decoding.strategy")
+                raise ApiError(400, f"decoding needs a strategy: {', '.join(self._strategies)}.", "decoding.strategy")
             name = "plain"
-        if not isinstance(name, str) or name not in STRATEGIES:
-            hint = nearest(str(name), STRATEGIES)
-            message = f"Unknown strategy '{name}'.{hint} Available: {', '.join(STRATEGIES)}."
+        if not isinstance(name, str) or name not in self._strategies:
+            hint = nearest(str(name), self._strategies)
+            message = f"Unknown strategy '{name}'.{hint} Available: {', '.join(self._strategies)}."
             raise ApiError(400, message, "decoding.strategy", "unknown_strategy")
-        return self._build(STRATEGIES[name], params, model, "decoding")
+        return self._build(self._strategies[name], params, model, "decoding")
 
     def _build(self, strategy: Strategy, params: dict[str, Any], model: str, path: str) -> Program:
         schema = self._params[strategy.name]
@@ -176,7 +184,7 @@ class Served:
                 "lossless": strategy.lossless,
                 "paper": strategy.paper or None,
             }
-            for name, strategy in STRATEGIES.items()
+            for name, strategy in self._strategies.items()
         ]
 
 

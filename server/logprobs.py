@@ -17,7 +17,7 @@ FLOOR = -9999.0
 
 def reported(logprob: float) -> float:
     """The number as it is sent."""
-    return max(logprob, FLOOR)
+    return logprob if logprob > FLOOR else FLOOR  # NaN too
 
 
 def token_string(vocabulary: Vocabulary, token_id: int) -> str:

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from decoding.core import Delta, Event, PromptLogprobs
-from server.answers import Progress
+from server.answers import Progress, trace_entries
 from server.errors import ApiError
 from server.generation import Job
 from server.logprobs import TextLogprobs, chat_logprobs
@@ -37,7 +37,7 @@ class Chunks:
         # What stands around a text in the usual chunk: no log-probs, no ids, not the last one.
         self._before = '"delta": {"content": ' if job.chat else '"text": '
         self._after = "}" if job.chat else ""
-        plain = job.logprobs is None and not job.return_token_ids and not job.continuous_usage
+        plain = job.logprobs is None and not job.return_token_ids and not job.continuous_usage and not job.program.trace
         self._tail = self._ending(None, "") if plain else None
         self._logprobs = [TextLogprobs(job.text.vocabulary, job.skip_special_tokens) for _ in range(job.choices)]
         self._begun = [False] * job.choices
@@ -81,6 +81,8 @@ class Chunks:
         job, extra = self.job, ""
         if job.return_token_ids:
             extra = f', "token_ids": {json.dumps(delta.token_ids)}'
+        if delta.trace:
+            extra += f', "decoding": {json.dumps({"trace": trace_entries(delta)})}'
         logprobs = None
         if job.logprobs is not None and delta.logprobs:
             logprobs = (

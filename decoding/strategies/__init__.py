@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, fields
+from importlib.metadata import entry_points
 
+from decoding.core import ModelLoadError
 from decoding.strategies import (
     cfg,
     contrastive,
@@ -38,6 +40,25 @@ STRATEGIES: dict[str, Strategy] = {
 POLICY = raw.STRATEGY  # not a row of the dict: it is `decoding.policy`, not `decoding.strategy`
 
 
+def discover() -> dict[str, Strategy]:
+    """The strategies with those that operators have installed (entry points of the group `trimtab.strategies`).
+
+    Raises ModelLoadError for one that cannot be loaded, is no Strategy, or takes a name that is in use.
+    """
+    found = dict(STRATEGIES)
+    for point in entry_points(group="trimtab.strategies"):
+        try:
+            strategy = point.load()
+        except Exception as error:  # code that is not ours may raise anything; for the operator it cannot be loaded
+            raise ModelLoadError(f"The strategy '{point.name}' ({point.value}) cannot be loaded: {error}") from error
+        if not isinstance(strategy, Strategy) or strategy.name != point.name:
+            raise ModelLoadError(f"The entry point '{point.name}' ({point.value}) is not a Strategy of that name.")
+        if point.name in found or point.name == POLICY.name:
+            raise ModelLoadError(f"The strategy '{point.name}' ({point.value}) takes a name that is in use.")
+        found[point.name] = strategy
+    return found
+
+
 def table() -> str:
     """The strategies as a Markdown table."""
     lines = ["| strategy | next-token distribution | parameters (default) | source |", "|---|---|---|---|"]
@@ -50,4 +71,4 @@ def table() -> str:
     return "\n".join(lines)
 
 
-__all__ = ["POLICY", "STRATEGIES", "Strategy", "table"]
+__all__ = ["POLICY", "STRATEGIES", "Strategy", "discover", "table"]

@@ -116,7 +116,7 @@ def test_budgets_do_not_change_the_texts(tokens: int, rows: int) -> None:
 
 
 def test_a_small_pool_gives_the_same_texts_and_counts_preemptions() -> None:
-    requests = mixed_requests(3, 16, length=40)
+    requests = mixed_requests(3, 40, length=40)
     wanted = run(table_engine(models(), SMALL), requests)
     need = sum(
         -(-(len(p) + 40) // 4)
@@ -124,7 +124,7 @@ def test_a_small_pool_gives_the_same_texts_and_counts_preemptions() -> None:
         for t, p in zip(r.program.policy.terms, r.prompts)
         if t.role.model == "base"
     )
-    engine = table_engine(models(), SMALL, blocks=max(need // 8, 52))
+    engine = table_engine(models(), SMALL, blocks=need // 8)
     assert run(engine, requests) == wanted
     assert engine.stats().preemptions > 0
 

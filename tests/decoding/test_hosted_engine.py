@@ -168,13 +168,13 @@ def test_every_request_alone_equals_the_same_among_fifteen_others() -> None:
 
 
 def test_an_eighth_of_the_memory_gives_the_same_texts() -> None:
-    requests = mixed(16, 24)
+    requests = mixed(48, 24)
     wanted = run(make_engine(), requests)
     need = dict.fromkeys(WIDTHS, 0)
     for req in requests:
         for term, prompt in zip(req.program.policy.terms, req.prompts, strict=True):
             need[term.role.model] += -(-(len(prompt) + 24) // 16)
-    engine = make_engine(blocks={name: max(blocks // 8, 16) for name, blocks in need.items()})
+    engine = make_engine(blocks={name: blocks // 8 for name, blocks in need.items()})
     got = run(engine, requests)
     assert {name: ids for name, (ids, _) in got.items()} == {name: ids for name, (ids, _) in wanted.items()}
     assert engine.stats().preemptions > 0

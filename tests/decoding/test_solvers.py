@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decoding.solvers import Fusion, Nudge
+from decoding.host_build import load_kernels
+from decoding.solvers import Fusion, Nudge, _KernelEvidence, _TorchEvidence
 
 NONE = torch.zeros(50, dtype=torch.bool)
 
@@ -87,6 +88,25 @@ def test_fast_is_never_above_any_grid(seed: int, count: int, step: float) -> Non
     paper = Fusion(False, 2.0, step).solve(base, small, experts)
     fast = Fusion(True, 2.0, step).solve(base, small, experts)
     assert (fast[2] <= paper[2]).all()
+
+
+@pytest.mark.parametrize("width", [1, 15, 17, 4096, 4097, 9001])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 40.0])
+def test_the_kernels_equal_their_specification(width: int, scale: float) -> None:
+    g = torch.Generator().manual_seed(width)
+    base, small, *experts = (torch.log_softmax(torch.randn(3, width, generator=g) * scale, 1) for _ in range(4))
+    kernel = _KernelEvidence.of(base, small, experts)
+    if kernel is None:
+        assert not load_kernels()
+        return
+    exact = _TorchEvidence(base.double(), small.double(), [row.double() for row in experts])
+    for got, want in zip(kernel.targets(), exact.targets(), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 * scale)
+    start = torch.tensor([[0.0, 0.3], [0.1, 1.9], [0.5, 0.0]])
+    for i in range(2):
+        got = kernel.divergences(i, start, 0.05, 9)
+        for mine, want in zip(got, exact.divergences(i, start.double(), 0.05, 9), strict=True):
+            torch.testing.assert_close(mine.double(), want, rtol=1e-5, atol=2e-5 * scale)
 
 
 def test_closed_forms() -> None:

@@ -339,6 +339,35 @@ def test_one_prompt_of_one_model_is_computed_once_for_all_its_terms() -> None:
     assert [sum(len(s.token_ids) for spans in fakes[name].spans for s in spans) for name in NAMES] == [7] * 4
 
 
+def test_a_trace_shows_every_roles_part() -> None:
+    cases = [*CASES, ("nudging", {"nudger": "expert", "threshold": 0.2}, lambda r: r["base"])]
+    made = requests(cases, logprobs=None, temperature=1.5, seed=4)
+    made = [dataclasses.replace(req, program=dataclasses.replace(req.program, trace=True)) for req in made]
+    plain = run(table_engine(models(), CONFIG), requests(cases, logprobs=None, temperature=1.5, seed=4))
+    engine, fakes = table_engine(models(), CONFIG), models()
+    for req in made:
+        engine.submit(req)
+    traces: dict[str, list[Any]] = {req.id: [] for req in made}
+    while engine.has_work():
+        for event in engine.step():
+            if isinstance(event, Delta):
+                assert event.logprobs == ()
+                traces[event.request_id] += event.trace
+    for req, (_, _, formula) in zip(made, cases, strict=True):
+        ids = [entry.token_id for entry in traces[req.id]]
+        assert ids == plain[req.id][0]  # tracing changes nothing
+        for i, entry in enumerate(traces[req.id]):
+            rows = rows_of(fakes, req, ids[:i])
+            for role in entry.roles:
+                assert role.logprob == pytest.approx(lp(rows[role.role])[entry.token_id], abs=1e-4)
+            first = rows[entry.roles[0].role]
+            assert entry.rank == int((first > first[entry.token_id]).sum())
+            if req.program.policy.solver is None:
+                assert entry.logprob == pytest.approx(lp(formula(rows))[entry.token_id], abs=1e-4)
+        names = {term.name for term in req.program.policy.terms if term.weight or req.program.policy.solver}
+        assert {role.role for role in traces[req.id][0].roles} >= names
+
+
 def test_echo_scores_the_mixed_distribution() -> None:
     fakes = models()
     prompt = tuple(range(20, 50))

@@ -22,8 +22,10 @@ from decoding.core import (
     ModelStats,
     PromptLogprobs,
     Request,
+    RoleTrace,
     Stats,
     TokenLogprob,
+    TokenTrace,
     Usage,
 )
 from decoding.detokenizer import Detokenizer
@@ -148,7 +150,11 @@ class FakeEngine:
         if choice.stops.matched is not None:
             reason, stop = "stop", choice.stops.matched
         choice.done = reason is not None
-        return Delta(request.id, index, (token,), text, logprobs, reason, stop)
+        trace: tuple[TokenTrace, ...] = ()
+        if request.program.trace:
+            roles = tuple(RoleTrace(t.name, -float("inf"), t.weight) for t in request.program.policy.terms)
+            trace = (TokenTrace(token, -0.75, 1, roles),)
+        return Delta(request.id, index, (token,), text, logprobs, reason, stop, trace)
 
 
 def _logprob(token: int, k: int) -> TokenLogprob:

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.conftest import Ask
+from tests.server.conftest import STEERING, Ask
 from tests.server.fake_engine import ANSWER
 
 PATH = "/v1/chat/completions"
@@ -145,3 +145,19 @@ def test_messages_in_all_their_shapes(ask: Ask) -> None:
     with_end = ask(PATH, {"messages": messages, "model": "expert", "return_token_ids": True}).json()
     ids = ask(PATH, continued).json()["choices"][0]["prompt_token_ids"]
     assert ids == with_end["choices"][0]["prompt_token_ids"][: len(ids)]
+
+
+def test_a_trace_comes_with_whole_answers_and_streams_alike(ask: Ask) -> None:
+    body = HI | {"model": "base", "max_tokens": 3, "n": 2, "decoding": STEERING | {"trace": True}}
+    whole = ask("/v1/chat/completions", body).json()["decoding"]["trace"]
+    assert [len(choice) for choice in whole] == [3, 3]
+    roles = [{"role": r, "logprob": -9999.0, "weight": w} for r, w in (("base", 1), ("expert", 1), ("anti", -1))]
+    assert whole[0][0]["roles"] == roles
+    assert (whole[0][0]["logprob"], whole[0][0]["rank"]) == (-0.75, 1)
+    streamed: list[list[Any]] = [[], []]
+    for line in ask("/v1/chat/completions", body | {"stream": True}).text.splitlines():
+        if line.startswith("data: {"):
+            for choice in json.loads(line[6:])["choices"]:
+                streamed[choice["index"]] += choice.get("decoding", {}).get("trace", [])
+    assert streamed == whole
+    assert "trace" not in ask("/v1/chat/completions", HI).json()["decoding"]
