@@ -40,13 +40,14 @@ from decoding.strategies import STRATEGIES
 Side = Callable[[], Timing]
 
 
-def engine_run(engine: Engine, program: Program, prompts: list[list[int]], new_tokens: int) -> Timing:
-    """Greedy decode of all prompts in one batch."""
+def engine_run(engine: Engine, program: Program | list[Program], prompts: list[list[int]], new_tokens: int) -> Timing:
+    """Greedy decode of all prompts in one batch, under one program or one each."""
+    programs = program if isinstance(program, list) else [program] * len(prompts)
     sampling = Sampling(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
     catalog = {info.id: Entry(engine.hosted[info.id].text, info) for info in engine.models}
     began = time.perf_counter()
-    for prompt in prompts:
-        engine.submit(prepare(program, tuple(prompt), sampling, catalog))
+    for each, prompt in zip(programs, prompts, strict=True):
+        engine.submit(prepare(each, tuple(prompt), sampling, catalog))
     started: set[str] = set()
     first = began
     while engine.has_work():

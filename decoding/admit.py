@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
-from decoding.core import BadRequest, ModelRunner, Policy, Request, UnknownModel
+from decoding.core import AdapterInfo, BadRequest, ModelRunner, Policy, Request, Role, UnknownModel
 from decoding.kv import BlockPool, root_key
 from decoding.output import OutputText
 from decoding.state import Group, Sequence, Track
@@ -15,22 +15,23 @@ from decoding.text import TextModel
 
 @dataclass(frozen=True, slots=True)
 class Hosted:
-    """A model as the engine holds it: weights, text side, and the KV memory in bytes that the operator set, if any."""
+    """A model as the engine holds it: weights, text side, and the KV memory in bytes that the operator set, if any.
+
+    An adapter is held like a model, with its model's runner.
+    """
 
     runner: ModelRunner
     text: TextModel
     kv_memory: int | None = None
+    adapter: AdapterInfo | None = None
 
 
 def make_group(request: Request, serial: int, hosted: Mapping[str, Hosted], pools: Mapping[str, BlockPool]) -> Group:
     """The request's sequences, not yet queued. Raises BadRequest, UnknownModel."""
     policy, prompts = _needed(request)
+    policy = replace(policy, terms=tuple(replace(term, role=resolve(term.role, hosted)) for term in policy.terms))
     views: dict[tuple[str, str | None, tuple[int, ...]], str] = {}
     for term, prompt in zip(policy.terms, prompts, strict=True):
-        if term.role.model not in hosted:
-            raise UnknownModel(term.role.model, tuple(hosted))
-        if term.role.adapter is not None:
-            raise BadRequest(f"No adapter '{term.role.adapter}' is loaded on '{term.role.model}'.", "decoding")
         views.setdefault((term.role.model, term.role.adapter, prompt), term.name)
     order = {key: i for i, key in enumerate(views)}
     term_tracks = tuple(
@@ -43,7 +44,7 @@ def make_group(request: Request, serial: int, hosted: Mapping[str, Hosted], pool
         group.prompt_logprobs = [None]
     for index in range(request.n):
         tracks = [
-            Track(model, prompt, root_key(model, adapter or "", request.salt), adapter)
+            Track(model, prompt, _root(model, adapter, request.salt, hosted), adapter)
             for model, adapter, prompt in views
         ]
         text = OutputText(hosted[request.text_model].text, request)
@@ -52,6 +53,28 @@ def make_group(request: Request, serial: int, hosted: Mapping[str, Hosted], pool
             sequence.next_row = -_scored(request.prompts[0], tracks) - 1
         group.sequences.append(sequence)
     return group
+
+
+def resolve(role: Role, hosted: Mapping[str, Hosted]) -> Role:
+    """The role on the model that computes it: an adapter's id, wherever a model's may stand, is that adapter.
+
+    Raises UnknownModel, and BadRequest for an adapter that is not one of the model's.
+    """
+    if role.model not in hosted:
+        raise UnknownModel(role.model, tuple(hosted))
+    own = hosted[role.model].adapter
+    if role.adapter is None:
+        return role if own is None else replace(role, model=own.of, adapter=role.model)
+    named = hosted.get(role.adapter)
+    if named is None or named.adapter is None or named.adapter.of != role.model:
+        raise BadRequest(f"No adapter '{role.adapter}' is loaded on '{role.model}'.", "decoding")
+    return role
+
+
+def _root(model: str, adapter: str | None, salt: str, hosted: Mapping[str, Hosted]) -> bytes:
+    """Root of a track's prefix keys: an adapter that is loaded anew with other weights hits nothing of the old one."""
+    info = hosted[adapter].adapter if adapter is not None else None
+    return root_key(model, adapter or "", info.generation if info else "", salt)
 
 
 def _needed(request: Request) -> tuple[Policy, list[tuple[int, ...]]]:

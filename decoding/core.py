@@ -360,8 +360,20 @@ Event = Delta | PromptLogprobs | Done | Failed
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """A loaded adapter: the model that it is on, a digest of its weights, its number of parameters."""
+
+    of: str
+    generation: str
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What the engine tells about a loaded model: `width` is the logits' width, `kv_tokens` the pool's capacity."""
+    """What the engine tells about a loaded model: `width` is the logits' width, `kv_tokens` the pool's capacity.
+
+    An adapter names the model that it is `of`; all but id and parameters are then that model's.
+    """
 
     id: str
     max_model_len: int
@@ -370,6 +382,7 @@ class ModelInfo:
     parameters: int
     dtype: str
     device: str
+    of: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,5 +458,9 @@ class ModelRunner(Protocol):
     def copy_blocks(self, pairs: Seq[tuple[int, int]]) -> None: ...
 
     def warm_up(self) -> bool: ...
+
+    def load_adapter(self, id: str, path: str) -> AdapterInfo: ...
+
+    def unload_adapter(self, id: str) -> None: ...
 
     def forward(self, spans: Seq[SpanInput], want_hidden: bool = False) -> Rows: ...

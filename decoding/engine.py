@@ -31,6 +31,8 @@ from decoding.core import (
     Failed,
     FinishReason,
     ModelInfo,
+    ModelLoadError,
+    ModelSpec,
     ModelStats,
     Overloaded,
     Policy,
@@ -44,6 +46,7 @@ from decoding.core import (
     Stats,
     Term,
     TokenLogprob,
+    UnknownModel,
     Usage,
 )
 from decoding.generate import Completion, collect
@@ -54,7 +57,7 @@ from decoding.prepare import Entry, prepare
 from decoding.sampling import Drawn, hard_mask, log_softmax_rows, token_logprobs, verify
 from decoding.scheduler import Scheduler
 from decoding.state import Group, Plan, Sample, Sequence, Span
-from decoding.text import Chat, Prompt
+from decoding.text import Chat, Prompt, TextModel
 from decoding.trace import Chosen, trace
 
 logger = logging.getLogger("trimtab.engine")
@@ -71,15 +74,15 @@ class Engine:
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
         self.hosted = dict(models)
-        self.runners = {id: model.runner for id, model in models.items()}
+        self.runners = {id: model.runner for id, model in models.items() if model.adapter is None}
         self.pools: dict[str, BlockPool] = {}
-        for id, blocks in divide_kv(self.runners, {i: m.kv_memory for i, m in models.items()}, self.config).items():
+        for id, blocks in divide_kv(self.runners, {i: models[i].kv_memory for i in self.runners}, self.config).items():
             self.runners[id].allocate(blocks, self.config.block_size)
             self.runners[id].warm_up()
             self.pools[id] = BlockPool(blocks, self.config.block_size)
         costs = {id: max(runner.cost, 1e-9) for id, runner in self.runners.items()}
         self.scheduler = Scheduler(self.pools, costs, self.config)
-        self.models = tuple(self._info(model) for model in self.runners)
+        self.models = tuple(self._info(id) for id in self.hosted)
         self._groups: dict[str, Group] = {}
         self._events: list[Event] = []
         self._serial = 0
@@ -141,6 +144,38 @@ class Engine:
         self._commit(plan, drawn)
         events, self._events = self._events, []
         return events
+
+    def load_adapter(self, spec: ModelSpec, text: TextModel | None = None) -> None:
+        """Serve the adapter `spec` from the next request on, in place of an earlier one with its id.
+
+        `text` is its own text side, by default the model's. Raises ModelLoadError; then nothing has changed.
+        """
+        taken = self.hosted.get(spec.id)
+        base = self.hosted.get(spec.of or "")
+        if base is None or base.adapter is not None:
+            raise ModelLoadError(f"The adapter '{spec.id}' is of '{spec.of}', which is no model that is served.")
+        if taken is not None and (taken.adapter is None or taken.adapter.of != spec.of):
+            raise ModelLoadError(f"The id '{spec.id}' is taken.")
+        self._refuse_while_used(spec.id)
+        info = base.runner.load_adapter(spec.id, spec.path)
+        self._word_starts = {key: mask for key, mask in self._word_starts.items() if key[0] != spec.id}
+        self.hosted[spec.id] = Hosted(base.runner, text or base.text, adapter=info)
+        self.models = tuple(self._info(id) for id in self.hosted)
+
+    def unload_adapter(self, id: str) -> None:
+        """Stop serving an adapter. Raises UnknownModel, and ModelLoadError while requests use it."""
+        held = self.hosted.get(id)
+        if held is None or held.adapter is None:
+            raise UnknownModel(id, [each for each, model in self.hosted.items() if model.adapter is not None])
+        self._refuse_while_used(id)
+        held.runner.unload_adapter(id)
+        del self.hosted[id]
+        self.models = tuple(self._info(each) for each in self.hosted)
+
+    def _refuse_while_used(self, id: str) -> None:
+        users = [g for g in self._groups.values() if any(term.role.adapter == id for term in g.policy.terms)]
+        if users:
+            raise ModelLoadError(f"The adapter '{id}' is in use by {len(users)} requests; wait for them or abort them.")
 
     def check(self) -> None:
         """Assert that every block is accounted for."""
@@ -362,17 +397,20 @@ class Engine:
             sequence.finished = True
             self.scheduler.remove(sequence)
 
-    def _info(self, model: str) -> ModelInfo:
+    def _info(self, id: str) -> ModelInfo:
+        adapter = self.hosted[id].adapter
+        model = id if adapter is None else adapter.of
         runner, pool = self.runners[model], self.pools[model]
         capacity = pool.num_blocks * pool.block_size
         return ModelInfo(
-            model,
+            id,
             min(runner.max_model_len, capacity),
             runner.width,
             capacity,
-            runner.parameters,
+            runner.parameters if adapter is None else adapter.parameters,
             str(runner.dtype).removeprefix("torch."),
             str(runner.device),
+            None if adapter is None else adapter.of,
         )
 
 

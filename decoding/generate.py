@@ -46,19 +46,23 @@ class Completion:
 def load_models(
     models: Mapping[str, str] | Iterable[ModelSpec], *, compile: bool = True, self_check: bool = True
 ) -> dict[str, Hosted]:
-    """Load every model. `models`: id to Hugging Face directory or hub id, or full specs. Raises ModelLoadError."""
+    """Load every model. `models`: id to Hugging Face directory or hub id, or full specs. Raises ModelLoadError.
+
+    An adapter is a spec of its own: `ModelSpec("tuned", DIR, kind="adapter", of="base")`, served as a model `tuned`.
+    """
     from decoding.models import load_model  # transformers takes seconds to import; fakes and tests need none of it
-    from decoding.text import TextModel
+    from decoding.texts import base_specs, load_texts
 
     specs = [ModelSpec(id, path) for id, path in models.items()] if isinstance(models, Mapping) else list(models)
-    return {
-        spec.id: Hosted(
-            load_model(spec, compile=compile, self_check=self_check),
-            TextModel.load(spec),
-            spec.kv_memory,
-        )
-        for spec in specs
-    }
+    bases = base_specs(specs)
+    runners = {id: load_model(spec, compile=compile, self_check=self_check) for id, spec in bases.items()}
+    texts = load_texts(specs)
+    hosted = {}
+    for spec in specs:
+        runner = runners[spec.of or spec.id]
+        adapter = runner.load_adapter(spec.id, spec.path) if spec.kind == "adapter" else None
+        hosted[spec.id] = Hosted(runner, texts[spec.id], spec.kv_memory, adapter)
+    return hosted
 
 
 def collect(step: Callable[[], list[Event]], requests: Seq[Request]) -> list[Completion]:

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
+from decoding.adapters import read_adapter
 from decoding.attention import Batch, HostedLayer, Tensor, attend_kernel, attend_reference, make_batch, make_pool
-from decoding.core import ModelLoadError, Rows, SpanInput
+from decoding.core import AdapterInfo, ModelLoadError, Rows, SpanInput
 from decoding.host_build import load_kernels
 from decoding.host_compile import CompiledForward
 from decoding.host_linear import FEW_ROWS, use_few_rows
 from decoding.host_probe import probe
+from decoding.lora import Loras
 
 log = logging.getLogger(__name__)
 COMPILED_CHUNK = 16  # longest chunk that is compiled although not all of its rows are wanted
@@ -55,6 +57,7 @@ class Runner:
         self.parameters = sum(p.numel() for p in model.parameters())
         self.block_size = 16
         self.max_model_len = _length(model, max_model_len)
+        self._like = torch.empty(0, dtype=model.dtype, device=model.device)
         self._batch: Batch | None = None
         self._kept: Tensor | None = None
         self._may_compile = compile
@@ -68,6 +71,7 @@ class Runner:
         self._kernels = kernels and suits and load_kernels()
         if self._kernels:
             use_few_rows(model)
+        self.loras = Loras(model, model.get_output_embeddings(), self._kernels)
         AttentionInterface.register(self._name, self._attend)
         self._head_hook = model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
         self.cost = self._measure_cost()
@@ -106,6 +110,25 @@ class Runner:
         for layer in self.layers:
             layer.keys = layer.values = layer.keys.new_empty(0)
 
+    # -- adapters -----------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def load_adapter(self, id: str, path: str) -> AdapterInfo:
+        """Load the PEFT LoRA directory `path` as `id`, in place of an earlier one; spans may then name it.
+
+        Forwards without an adapter are not touched. Raises ModelLoadError, and then nothing has changed.
+        """
+        try:
+            adapter = read_adapter(path, self.loras.sizes(), self._like)
+        except ModelLoadError as error:
+            raise ModelLoadError(f"Adapter '{id}' of '{self.id}': {error}") from error
+        self.loras.add(id, adapter)
+        return AdapterInfo(self.id, adapter.generation, adapter.parameters)
+
+    def unload_adapter(self, id: str) -> None:
+        """Forget an adapter; no span may name it any more. Raises KeyError if it is not loaded."""
+        self.loras.remove(id)
+
     # -- forward ------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -116,7 +139,11 @@ class Runner:
         """
         assert self.layers[0].keys.numel(), "allocate() comes first"
         batch = make_batch(spans, self.block_size, self.device, grouped=not self._kernels)
-        logits, hidden = self._compute(batch)
+        self.loras.chosen = self.loras.choose(spans, self._like)
+        try:
+            logits, hidden = self._compute(batch)
+        finally:
+            self.loras.chosen = None
         return Rows(logits, hidden if want_hidden else None)
 
     def warm_up(self) -> bool:
@@ -150,7 +177,8 @@ class Runner:
 
         The compiled forward applies the head to every token, so long chunks with few rows go without it.
         """
-        compiled, tokens = self._compiled, batch.slots.shape[0]
+        compiled = self._compiled if self.loras.chosen is None else None
+        tokens = batch.slots.shape[0]
         if compiled is None or tokens > (compiled.max_tokens if batch.rows is None else COMPILED_CHUNK):
             return self._packed(batch)
         logits, hidden = compiled(batch)

@@ -105,16 +105,20 @@ class TextModel:
         self._agreements: weakref.WeakKeyDictionary[TextModel, int | None] = weakref.WeakKeyDictionary()
 
     @classmethod
-    def load(cls, spec: ModelSpec) -> TextModel:
-        """Loads the tokenizer and the configuration of a Hugging Face directory or hub id. Raises ModelLoadError."""
+    def load(cls, spec: ModelSpec, tokenizer_path: str | None = None) -> TextModel:
+        """Loads tokenizer and configuration of a Hugging Face directory or hub id; the former may lie elsewhere.
+
+        Raises ModelLoadError.
+        """
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+        source = tokenizer_path or spec.path
         try:
             config = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
-            tokenizer = AutoTokenizer.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=spec.trust_remote_code)
         except Exception as error:  # the library raises many kinds; for the operator they are one: this cannot load
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise ModelLoadError(f"Cannot load the tokenizer of '{spec.id}' from '{spec.path}': {reason[0]}") from error
+            raise ModelLoadError(f"Cannot load the tokenizer of '{spec.id}' from '{source}': {reason[0]}") from error
         try:
             generation = GenerationConfig.from_pretrained(spec.path)
         except (OSError, ValueError):

@@ -69,7 +69,10 @@ class Served:
         self._params = {name: params_model(strategy) for name, strategy in known.items()}
 
     def model_object(self, name: str) -> dict[str, Any]:
-        """OpenAI's model object; a preset names the model behind it as root and parent. Raises UnknownModel."""
+        """OpenAI's model object; a preset names the model behind it as root and parent.
+
+        An adapter's parent is the model that it is of. Raises UnknownModel.
+        """
         preset = self.presets.get(name)
         model = preset.model if preset else name
         if model not in self.catalog:
@@ -80,7 +83,7 @@ class Served:
             "created": self.created,
             "owned_by": "trimtab",
             "root": model,
-            "parent": model if preset else None,
+            "parent": model if preset else self.catalog[model].info.of,
             "max_model_len": self._max_model_len(preset, model),
         }
 

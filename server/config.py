@@ -56,10 +56,11 @@ class Strict(BaseModel):
 
 
 class ModelEntry(Strict):
-    """One entry under `models`."""
+    """One entry under `models`. An adapter is a PEFT LoRA directory `of` another entry."""
 
     path: str
-    kind: Literal["causal"] = "causal"
+    kind: Literal["causal", "adapter"] = "causal"
+    of: str | None = None
     dtype: str | None = None
     device: str | None = None
     max_model_len: Positive | None = None
@@ -137,6 +138,7 @@ class Config(Strict):
                 id=name,
                 path=entry.path,
                 kind=entry.kind,
+                of=entry.of,
                 dtype=entry.dtype or self.dtype,
                 device=entry.device or self.device,
                 max_model_len=entry.max_model_len or self.max_model_len,
@@ -262,8 +264,23 @@ def _embedded(manifest: Path) -> dict[str, Any]:
         ) from error
 
 
+def _check_adapter(config: Config, name: str, entry: ModelEntry) -> None:
+    if entry.kind != "adapter":
+        if entry.of is not None:
+            raise ConfigError(f"models.{name}.of: only an adapter is of another model (kind: adapter).")
+        return
+    bases = [each for each, model in config.models.items() if model.kind != "adapter"]
+    if entry.of not in bases:
+        raise ConfigError(f"models.{name}.of: name the model that the adapter is of: {', '.join(bases) or 'none'}.")
+    for key in ("dtype", "device", "max_model_len", "kv_memory"):
+        if getattr(entry, key) is not None:
+            raise ConfigError(f"models.{name}.{key}: an adapter has that of its model '{entry.of}'.")
+
+
 def _check_references(config: Config) -> None:
     names = [*config.models, *config.presets]
+    for name, entry in config.models.items():
+        _check_adapter(config, name, entry)
     for name, preset in config.presets.items():
         if name in config.models or name in RESERVED:
             raise ConfigError(f"presets: the name '{name}' is taken.")

@@ -16,6 +16,7 @@ from rich.console import Console
 from decoding.core import EngineConfig, ModelLoadError, ModelSpec
 from decoding.prepare import Entry
 from decoding.text import TextModel
+from decoding.texts import load_texts
 from server.app import create_app
 from server.bridge import Bridge, launch_process
 from server.catalog import Served
@@ -73,7 +74,7 @@ async def serve(config: Config, factory: EngineFactory | None = None, console: C
     bridge = Bridge(factory, max_sequences=config.max_queue + config.max_num_seqs, launch=launch)
     console.print(f"Loading {', '.join(config.models)} ...")
     try:
-        _, texts = await asyncio.gather(bridge.start(), asyncio.to_thread(load_texts, config))
+        _, texts = await asyncio.gather(bridge.start(), asyncio.to_thread(load_texts, config.specs()))
         app = build_app(config, bridge, texts)
         server = Server(_uvicorn_config(app, config), bridge, config.shutdown_timeout)
         _announce(console, app, listener)
@@ -94,11 +95,6 @@ def _bind(config: Config) -> socket.socket:
         listener.close()
         raise ModelLoadError(f"Cannot listen on {config.host}:{config.port}: {error.strerror or error}.") from error
     return listener
-
-
-def load_texts(config: Config) -> dict[str, TextModel]:
-    """Tokenizers and templates of all models. Raises ModelLoadError."""
-    return {spec.id: TextModel.load(spec) for spec in config.specs()}
 
 
 def build_app(config: Config, bridge: Bridge, texts: dict[str, TextModel]) -> FastAPI:
@@ -125,6 +121,10 @@ def _uvicorn_config(app: FastAPI, config: Config) -> uvicorn.Config:
 def _announce(console: Console, app: FastAPI, listener: socket.socket) -> None:
     services: Services = app.state.services
     for info in services.bridge.models:
+        if info.of is not None:
+            size = f"{info.parameters / 1e6:.2f}M parameters"
+            console.print(f"  [bold]{info.id}[/bold]: an adapter of {info.of}, {size}", soft_wrap=True)
+            continue
         console.print(
             f"  [bold]{info.id}[/bold]: {info.parameters / 1e6:.1f}M parameters, {info.dtype} on {info.device}, "
             f"{info.max_model_len} tokens of context, KV for {info.kv_tokens}",

@@ -197,7 +197,7 @@ def factory(file):
     return fake_engine()
 
 if __name__ == "__main__":
-    server.start.load_texts = lambda config: TEXTS
+    server.start.load_texts = lambda specs: TEXTS
     asyncio.run(server.start.serve(make_config(port=int(sys.argv[1])), functools.partial(factory, sys.argv[2])))
 """
 
