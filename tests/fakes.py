@@ -8,9 +8,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from decoding.accept import Check, verify
 from decoding.admit import Hosted
 from decoding.core import EngineConfig, Rows, SpanInput
 from decoding.engine import Engine
+from decoding.sampling import Drawn
+from decoding.state import Sequence as State
 from decoding.text import TextModel
 
 EOS = 256
@@ -88,6 +91,11 @@ class TableModel:
                 assert min(context) >= 0, "a position was read before it was computed"
                 rows.append(self.row(context))
         return Rows(torch.stack(rows) if rows else torch.zeros(0, self.width))
+
+
+def verify_rows(z: torch.Tensor, sequences: Sequence[State], generator: torch.Generator) -> list[Drawn]:
+    """`verify` without drafts: one token per row of z [n, W], row i being sequence i's."""
+    return [drawn[0] for drawn in verify(z, [Check(s, i) for i, s in enumerate(sequences)], generator)]
 
 
 def random_table(seed: int, n: int = 101, width: int = 257, scale: float = 3.0) -> torch.Tensor:
