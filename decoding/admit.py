@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
@@ -29,8 +29,18 @@ class Hosted:
     adapter: AdapterInfo | None = None
 
 
-def make_group(request: Request, serial: int, hosted: Mapping[str, Hosted], pools: Mapping[str, BlockPool]) -> Group:
-    """The request's sequences, not yet queued. Raises BadRequest, UnknownModel."""
+def make_group(
+    request: Request,
+    serial: int,
+    hosted: Mapping[str, Hosted],
+    pools: Mapping[str, BlockPool],
+    judges: Container[str] = (),
+) -> Group:
+    """The request's sequences, not yet queued. `judges`: models with a judge head. Raises BadRequest, UnknownModel."""
+    spec = request.program.speculation
+    if spec is not None and RULES[spec.accept or "rejection"].judges and request.text_model not in judges:
+        message = f"No judge head of '{request.text_model}' is loaded; it is a model entry of kind 'judge'."
+        raise BadRequest(message, "decoding.speculation.accept")
     policy, prompts = _needed(request)
     policy = replace(policy, terms=tuple(replace(term, role=resolve(term.role, hosted)) for term in policy.terms))
     views: dict[tuple[str, str | None, tuple[int, ...]], str] = {}
@@ -72,7 +82,7 @@ def _seed(request: Request) -> int | None:
 def _draft(sequence: Sequence, hosted: Mapping[str, Hosted]) -> Draft | None:
     """How the sequence drafts. Raises BadRequest, UnknownModel.
 
-    A model that is a role of the policy drafts as that role; another one is shown the request's `draft_prompt`.
+    A model that is a role of the policy drafts as that role; another one is shown what the main model is shown.
     """
     request, spec = sequence.group.request, sequence.group.request.program.speculation
     if spec is None:
@@ -81,14 +91,14 @@ def _draft(sequence: Sequence, hosted: Mapping[str, Hosted]) -> Draft | None:
     bonus = rule.bonus if spec.bonus is None else spec.bonus
     if spec.draft in LOOKUPS:
         prompt = request.prompts[0]
-        predicted = request.draft_prompt if spec.draft == "prediction" else None
+        predicted = request.prediction if spec.draft == "prediction" else None
         return Draft(spec, lookup=Lookup(prompt, spec.max_ngram, predicted), bonus=bonus)
     role = resolve(Role(spec.draft), hosted)
     for term, track in zip(sequence.group.policy.terms, sequence.group.term_tracks):
         if track > 0 and (term.role.model, term.role.adapter) == (role.model, role.adapter):
             return Draft(spec, sequence.tracks[track], track, bonus=bonus)
     root = _root(role.model, role.adapter, request.salt, hosted)
-    return Draft(spec, Track(role.model, request.draft_prompt or request.prompts[0], root, role.adapter), bonus=bonus)
+    return Draft(spec, Track(role.model, request.prompts[0], root, role.adapter), bonus=bonus)
 
 
 def resolve(role: Role, hosted: Mapping[str, Hosted]) -> Role:

@@ -175,33 +175,39 @@ AcceptKind = Literal["rejection", "coupled", "judge", "kl", "mixture", "typical"
 LOOKUPS = ("ngram", "prediction")  # proposers that are no model
 
 
+def _says(description: str) -> dict[str, str]:
+    return {"description": description}
+
+
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """Who drafts tokens ahead of the policy, and which drafts are accepted (rules: `decoding.accept`).
+    """Who drafts tokens ahead of the policy, and which drafts are accepted (rules: `decoding.accept`)."""
 
-    draft       a model's id, "ngram" (prompt lookup), "prediction" (the client's text), or "auto"
-    tokens      drafts per pass; None adapts them to measured acceptance and cost, down to 0
-    accept      None: "coupled" for requests with a seed, else "rejection"
-    threshold   judge: probability from which a draft counts as right; kl: nats below which the two models agree
-    weight      mixture: the policy's share in the distribution that is verified
-    kappa       judge, where the policy is a mix: how many nats below the best token a draft may be
-    certain     kl: the exact rule alone where the policy's best probability is above it
-    epsilon, delta   typical: accept where p > min(epsilon, delta exp(-entropy))
-    bonus       whether a pass whose drafts are all accepted adds the policy's own next token; None: all but judge
-    max_ngram   ngram and prediction: the longest run of tokens that is looked up
-    """
-
-    draft: str = "auto"
-    tokens: int | None = None
-    accept: AcceptKind | None = None
-    threshold: float | None = None
-    weight: float = 0.5
-    kappa: float = 3.0
-    certain: float | None = None
-    epsilon: float = 0.09
-    delta: float = 0.3
-    bonus: bool | None = None
-    max_ngram: int = 3
+    draft: str = field(default="auto", metadata=_says('A model\'s id, "ngram", "prediction" or "auto".'))
+    tokens: int | Literal["auto"] = field(
+        default="auto", metadata=_says('Drafts per pass; "auto": by measured acceptance and cost, down to 0.')
+    )
+    accept: AcceptKind | None = field(
+        default=None, metadata=_says('The acceptance rule; by default "coupled" with a seed, else "rejection".')
+    )
+    threshold: float | None = field(
+        default=None,
+        metadata=_says("judge: probability from which a draft counts as right; kl: nats within which models agree."),
+    )
+    weight: float = field(default=0.5, metadata=_says("mixture: the policy's share in what is verified against."))
+    kappa: float = field(
+        default=3.0, metadata=_says("judge of a mix: how many nats below the best token a draft may be.")
+    )
+    certain: float | None = field(
+        default=None, metadata=_says("kl: the exact rule alone where the policy's best probability is above it.")
+    )
+    epsilon: float = field(default=0.09, metadata=_says("typical: accept where p > min(epsilon, delta exp(-entropy))."))
+    delta: float = field(default=0.3, metadata=_says("typical: see epsilon."))
+    bonus: bool | None = field(
+        default=None,
+        metadata=_says("Whether the policy adds a token of its own when all drafts pass; by default all but judge."),
+    )
+    max_ngram: int = field(default=3, metadata=_says("ngram, prediction: the longest run that is looked up."))
 
 
 class Constraint(Protocol):
@@ -275,8 +281,8 @@ class Request:
 
     `prompts` has one id list per term of the policy, in order; `text_model` names the model whose tokenizer
     turns output ids into text; `eos_ids` are the stop ids of the mix, `width` its number of ids. The first term is
-    the request's main one. `draft_prompt`: what a draft model is shown, or the predicted ids of "prediction".
-    `constraint` makes one constraint per choice.
+    the request's main one. `prediction`: ids that the client expects, if drafts come from them. `constraint` makes one
+    constraint per choice.
     """
 
     id: str
@@ -289,7 +295,7 @@ class Request:
     n: int = 1
     salt: str = ""
     arrival: float = field(default_factory=time.monotonic)
-    draft_prompt: tuple[int, ...] = ()
+    prediction: tuple[int, ...] = ()
     constraint: Callable[[], Constraint] | None = None
 
     def __post_init__(self) -> None:

@@ -87,7 +87,7 @@ class Decider:
         hidden = rows[model].hidden
         assert hidden is not None, "the forward was asked for hidden states"
         last = sample.offsets[track] + sample.count
-        return self._judges[model].score(hidden[last - sample.drafts : last])
+        return self._judges[sample.sequence.group.request.text_model].score(hidden[last - sample.drafts : last])
 
     def _allowed(self, sample: Sample, i: int) -> torch.Tensor | None:
         """Ids that hard constraints leave at the sample's i-th row; those that score the prompt have none."""

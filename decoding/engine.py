@@ -14,10 +14,10 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +25,7 @@ from decoding.accept import Check
 from decoding.admit import Hosted, make_group
 from decoding.core import (
     BadRequest,
+    Constraint,
     Delta,
     Done,
     EngineConfig,
@@ -60,7 +61,7 @@ from decoding.prepare import Entry, prepare
 from decoding.propose import Proposer
 from decoding.sampling import Drawn, Position, hard_mask
 from decoding.scheduler import Scheduler
-from decoding.state import Group, Plan, Sample, Sequence, Span
+from decoding.state import Draft, Group, Plan, Sample, Sequence, Span
 from decoding.text import Chat, Prompt, TextModel
 
 logger = logging.getLogger("trimtab.engine")
@@ -106,7 +107,8 @@ class Engine:
         self._clock = Clock()
         self._pace = Pace(self._clock)
         self._proposer = Proposer(self._run, generator, self._clock)
-        self._decider = Decider(self._device, generator, lambda id: self.hosted[id].text, dict(judges or {}))
+        self.judges = dict(judges or {})
+        self._decider = Decider(self._device, generator, lambda id: self.hosted[id].text, self.judges)
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -116,7 +118,7 @@ class Engine:
             raise BadRequest(f"The request id '{request.id}' is in use.")
         if self.waiting + request.n > self.config.max_queue:
             raise Overloaded(f"The queue is full ({self.waiting} sequences wait).", retry_after=1)
-        group = make_group(request, self._serial, self.hosted, self.pools)
+        group = make_group(request, self._serial, self.hosted, self.pools, self.judges)
         self._serial += 1
         self._groups[request.id] = group
         root, *others = group.sequences
@@ -144,6 +146,7 @@ class Engine:
 
     def step(self) -> list[Event]:
         """One tick. Returns what happened, in order."""
+        self.scheduler.admit()
         self._pace.assign(self.scheduler.running)
         plan = self.scheduler.plan()
         self._proposer.propose(plan)
@@ -213,6 +216,8 @@ class Engine:
         sampling: Sampling | None = None,
         *,
         n: int = 1,
+        prediction: str | None = None,
+        constraint: Callable[[], Constraint] | None = None,
     ) -> list[Completion]:
         """Complete all prompts in one batch; returns n completions per prompt, in order.
 
@@ -224,7 +229,8 @@ class Engine:
         if not isinstance(program, Program):
             program = Program("plain", Policy((Term("base", Role(program or next(iter(self.hosted)))),)))
         catalog = {info.id: Entry(self.hosted[info.id].text, info) for info in self.models}
-        requests = [prepare(program, p, sampling or Sampling(), catalog, n=n) for p in prompts]  # type: ignore[arg-type]
+        extra: dict[str, Any] = {"n": n, "prediction": prediction, "constraint": constraint}
+        requests = [prepare(program, p, sampling or Sampling(), catalog, **extra) for p in prompts]  # type: ignore[arg-type]
         for request in requests:
             self.submit(request)
         return collect(self.step, requests)
@@ -353,8 +359,8 @@ class Engine:
                 sequence.solver_state = group.policy.solver.advance(sequence.solver_state, weights[i], token)
             if sequence.constraint is not None:
                 sequence.constraint.advance(token)
-            if sequence.draft and sequence.draft.lookup:
-                sequence.draft.lookup.push(token)
+            if sequence.draft:
+                self._tell_drafter(sequence.draft, token)
             piece, reason, stop_reason = _progress(sequence, token)
             ids.append(token)
             pieces.append(piece)
@@ -378,6 +384,12 @@ class Engine:
             stop_reason,
             tuple(each.trace for each in told if each.trace),
         )
+
+    def _tell_drafter(self, draft: Draft, token: int) -> None:
+        if draft.lookup:
+            draft.lookup.push(token)
+        elif draft.own and token >= self.runners[draft.own.model].width:
+            draft.broken = True  # it has no such token, and could not go on behind it
 
     def _fail_empty(self, sequence: Sequence) -> None:
         group = sequence.group

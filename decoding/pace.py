@@ -89,7 +89,7 @@ class Pace:
                 if draft is not None:
                     draft.wanted = 0
                 continue
-            if draft.spec.tokens is None:
+            if draft.spec.tokens == "auto":
                 draft.wanted = 0
                 if draft.lookup is None or draft.lookup.propose(1):
                     adaptive.append(sequence)

@@ -18,6 +18,7 @@ from decoding.noise import GUMBEL_MAX, Lane, gumbel, key_tensor, noise_key, unif
 from decoding.state import Sequence
 from decoding.truncate import first_ids, keep_mask, top_stable, truncate
 
+_SMALL = 1024  # a row of so few ids is hashed whole
 _COLDEST = 1e-30  # a temperature below it is this one: fp32 has no smaller number worth dividing by
 
 
@@ -233,6 +234,9 @@ def _gumbel_argmax(z: torch.Tensor, keys: torch.Tensor) -> list[int]:
 
     The noise is bounded, so once the likeliest id's score is known, ids further below it than the bound are out.
     """
+    if z.shape[1] <= _SMALL:
+        ids = torch.arange(z.shape[1], device=z.device, dtype=torch.int32)[None]
+        return (z + gumbel(keys, ids)).argmax(dim=1).tolist()
     best, first = z.max(dim=1, keepdim=True)
     floor = best + gumbel(keys, first) - GUMBEL_MAX  # [n, 1]
     tokens: list[int] = []

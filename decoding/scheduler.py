@@ -105,7 +105,6 @@ class Scheduler:
     def plan(self) -> Plan:
         """The spans and rows of the next tick. Allocates their blocks, preempting where memory is short."""
         self.tick += 1
-        self._admit()
         plan = Plan(tokens=float(self.config.max_num_batched_tokens), rows=self.config.max_logit_rows)
         ready: list[Sequence] = []
         behind: list[Sequence] = []
@@ -171,7 +170,8 @@ class Scheduler:
         ranked.sort(key=lambda entry: entry[:3])
         return [entry[3] for entry in ranked]
 
-    def _admit(self) -> None:
+    def admit(self) -> None:
+        """Seat waiting sequences, as far as seats and memory go; before every `plan`."""
         if not self.waiting:
             return
         seats = Counter(sequence.group for sequence in self.running)
@@ -222,7 +222,7 @@ class Scheduler:
         spans: list[Span] = []
         drafts = 0
         if rows > 0 and not any(blocked):
-            drafts = self._drafts(sequence, plan) if rows == sequence.rows_wanted == 1 and not any(needs) else 0
+            drafts = self._drafts(sequence, spare - sum(prices), plan) if rows == sequence.rows_wanted == 1 else 0
             for track, need in zip(sequence.tracks, needs):
                 spans.append(Span(sequence, track, track.num_computed, need + rows + drafts, rows + drafts))
         else:
@@ -255,8 +255,11 @@ class Scheduler:
 
     # -- drafts -------------------------------------------------------------------------------------------------
 
-    def _drafts(self, sequence: Sequence, plan: Plan) -> int:
-        """How many tokens `sequence` may draft: what is wanted, within the budgets, lengths and free memory."""
+    def _drafts(self, sequence: Sequence, spare: float, plan: Plan) -> int:
+        """How many tokens `sequence` may draft: what is wanted, within the budgets, lengths and free memory.
+
+        spare: the tick's tokens that are left when the sequence has its next row.
+        """
         draft = sequence.draft
         if draft is None or draft.wanted <= 0:
             return 0
