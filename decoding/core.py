@@ -255,7 +255,10 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Engine-wide settings. Memory in bytes; `kv_memory` None takes a share of what is free after loading."""
+    """Engine-wide settings. Memory in bytes; `kv_memory` None takes a share of what is free after loading.
+
+    `adapters`: some may be loaded while it serves, which `warm_up` then prepares for.
+    """
 
     kv_memory: int | None = None
     block_size: int = 16
@@ -267,6 +270,7 @@ class EngineConfig:
     compile: bool = True
     self_check: bool = True
     threads: int | None = None
+    adapters: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------------

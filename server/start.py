@@ -31,7 +31,8 @@ def make_engine(specs: tuple[ModelSpec, ...], config: EngineConfig) -> EngineLik
     from decoding.engine import Engine  # not before: the server's process never needs weights
     from decoding.generate import load_models
 
-    return Engine(load_models(specs, compile=config.compile, self_check=config.self_check), config)
+    options = {"compile": config.compile, "self_check": config.self_check, "adapters": config.adapters}
+    return Engine(load_models(specs, **options), config)
 
 
 class Server(uvicorn.Server):
