@@ -10,6 +10,7 @@ Exception tree::
     ├── UnknownModel        a model id that is not served (HTTP 404)
     ├── Overloaded          the queue is full (HTTP 503 with Retry-After)
     ├── ModelLoadError      a model directory cannot be loaded or would be served wrongly (start-up)
+    │   └── AdapterInUse    an adapter cannot be replaced or unloaded now (HTTP 409)
     └── EngineFailure       a request failed inside the engine (HTTP 500)
 """
 
@@ -61,6 +62,10 @@ class Overloaded(TrimtabError):
 
 class ModelLoadError(TrimtabError):
     """A model cannot be loaded, or could be loaded but would be served wrongly."""
+
+
+class AdapterInUse(ModelLoadError):
+    """An adapter cannot be replaced or unloaded while something uses it."""
 
 
 class EngineFailure(TrimtabError):

@@ -23,6 +23,7 @@ import torch
 
 from decoding.admit import Hosted, make_group
 from decoding.core import (
+    AdapterInUse,
     BadRequest,
     Delta,
     Done,
@@ -163,7 +164,7 @@ class Engine:
         self.models = tuple(self._info(id) for id in self.hosted)
 
     def unload_adapter(self, id: str) -> None:
-        """Stop serving an adapter. Raises UnknownModel, and ModelLoadError while requests use it."""
+        """Stop serving an adapter. Raises UnknownModel, and AdapterInUse while requests use it."""
         held = self.hosted.get(id)
         if held is None or held.adapter is None:
             raise UnknownModel(id, [each for each, model in self.hosted.items() if model.adapter is not None])
@@ -175,7 +176,7 @@ class Engine:
     def _refuse_while_used(self, id: str) -> None:
         users = [g for g in self._groups.values() if any(term.role.adapter == id for term in g.policy.terms)]
         if users:
-            raise ModelLoadError(f"The adapter '{id}' is in use by {len(users)} requests; wait for them or abort them.")
+            raise AdapterInUse(f"The adapter '{id}' is in use by {len(users)} requests; wait for them or abort them.")
 
     def check(self) -> None:
         """Assert that every block is accounted for."""

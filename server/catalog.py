@@ -6,6 +6,7 @@ dataclasses become pydantic models, which check requests and describe themselves
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 import typing
@@ -67,6 +68,18 @@ class Served:
         self._strategies = discover()
         known = self._strategies | {POLICY.name: POLICY}
         self._params = {name: params_model(strategy) for name, strategy in known.items()}
+
+    def with_catalog(self, catalog: Catalog) -> Served:
+        """The same server with other models; the default is among them."""
+        changed = copy.copy(self)
+        changed.catalog = catalog
+        changed.names = tuple(dict.fromkeys([self.names[0], *catalog, *self.presets]))
+        return changed
+
+    def users(self, model: str) -> list[str]:
+        """What would not be served without `model`: presets that are made of it, and the default if it is that."""
+        presets = [name for name in self.presets if model in self.resolve(name, None).program.models]
+        return [f"part of the preset '{name}'" for name in presets] + ["the default"] * (self.names[0] == model)
 
     def model_object(self, name: str) -> dict[str, Any]:
         """OpenAI's model object; a preset names the model behind it as root and parent.

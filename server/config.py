@@ -92,6 +92,8 @@ class Config(Strict):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     api_key: Names = []
+    admin_key: Annotated[str, Field(min_length=1)] | None = None
+    admin_root: str | None = None
     dtype: str = "auto"
     device: str = "auto"
     max_model_len: Positive | None = None
@@ -163,6 +165,7 @@ class Config(Strict):
             compile=not self.enforce_eager,
             self_check=self.self_check,
             threads=self.threads,
+            adapters=self.admin_key is not None,
         )
 
 
@@ -230,7 +233,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
                     values[key] = yaml.safe_load(value)
                 except yaml.YAMLError as error:
                     raise ConfigError(f"The environment variable {name} is not YAML: {error}") from error
-            if key == "api_key" and not value.strip():
+            if key in ("api_key", "admin_key") and not value.strip():
                 raise ConfigError(f"The environment variable {name} is empty: unset it, or give a key.")
     return values
 
@@ -277,7 +280,18 @@ def _check_adapter(config: Config, name: str, entry: ModelEntry) -> None:
             raise ConfigError(f"models.{name}.{key}: an adapter has that of its model '{entry.of}'.")
 
 
+def _check_admin(config: Config) -> None:
+    if (config.admin_key is None) != (config.admin_root is None):
+        given, lacking = ("admin_key", "admin_root") if config.admin_key is not None else ("admin_root", "admin_key")
+        raise ConfigError(f"{lacking}: {given} needs it beside it; adapters are then loaded over HTTP.")
+    if config.admin_key in config.api_key:
+        raise ConfigError("admin_key: it must be another key than those of api_key.")
+    if config.admin_root is not None and not Path(config.admin_root).expanduser().is_dir():
+        raise ConfigError(f"admin_root: there is no directory '{config.admin_root}'.")
+
+
 def _check_references(config: Config) -> None:
+    _check_admin(config)
     names = [*config.models, *config.presets]
     for name, entry in config.models.items():
         _check_adapter(config, name, entry)

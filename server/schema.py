@@ -227,6 +227,14 @@ class TokenizeBody(Body):
         return self
 
 
+class AdapterBody(Body):
+    """`POST /admin/adapters`."""
+
+    id: str
+    path: str
+    of: str
+
+
 class DetokenizeBody(Body):
     """`POST /detokenize`."""
 
