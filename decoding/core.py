@@ -27,6 +27,8 @@ import torch
 Message = Mapping[str, Any]  # a chat message as OpenAI defines it: {"role": ..., "content": ...}
 FinishReason = Literal["stop", "length", "abort", "error"]
 ViewKind = Literal["auto", "plain", "chat", "system", "prefix", "messages", "text"]
+MAX_WEIGHT = 1e6  # of a term; beyond it, differences of logits overflow
+SCORERS = ("reward", "prm")  # kinds of models that score texts and give no next-token distribution
 
 
 class TrimtabError(Exception):
@@ -381,7 +383,8 @@ class AdapterInfo:
 class ModelInfo:
     """What the engine tells about a loaded model: `width` is the logits' width, `kv_tokens` the pool's capacity.
 
-    An adapter names the model that it is `of`; all but id and parameters are then that model's.
+    An adapter names the model that it is `of`; all but id and parameters are then that model's. One of the kinds
+    `SCORERS` can be no role of a policy.
     """
 
     id: str
@@ -392,6 +395,7 @@ class ModelInfo:
     dtype: str
     device: str
     of: str | None = None
+    kind: str = "causal"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from decoding.core import ModelLoadError, ModelSpec
+from decoding.core import SCORERS, ModelLoadError, ModelSpec
 from decoding.host_gate import causal_class, context_limit
 from decoding.runner import Runner
 from decoding.selfcheck import check_twin, check_weights, own_logits
@@ -40,8 +40,13 @@ def load_model(spec: ModelSpec, *, compile: bool = True, self_check: bool = True
 
 
 def _load(spec: ModelSpec, compile: bool, self_check: bool, adapters: bool) -> Runner:
+    if spec.kind in SCORERS:
+        raise ModelLoadError(
+            f"models of kind '{spec.kind}' score texts, and scorers are not served in this version; a reward that "
+            "steers every token is an autoregressive reward model, a causal LM (kind causal)."
+        )
     if spec.kind not in CAUSAL_KINDS:
-        raise ModelLoadError(f"kind '{spec.kind}' is not served; a causal LM is needed ({', '.join(CAUSAL_KINDS)}).")
+        raise ModelLoadError(f"kind '{spec.kind}' is not one of {', '.join(sorted(CAUSAL_KINDS))}.")
     config = read_config(spec)
     kind = causal_class(config)
     length = context_limit(config, spec.max_model_len)

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from decoding.core import BadRequest, ModelLoadError, Program, UnknownModel
-from decoding.prepare import Catalog, shared_width
+from decoding.core import BadRequest, ModelLoadError, Program, Term, UnknownModel
+from decoding.prepare import Catalog, check_term
 from decoding.strategies import POLICY, Strategy, discover
 from server.config import Preset
 from server.errors import ApiError, from_validation, nearest
@@ -111,8 +111,7 @@ class Served:
         """Raises ModelLoadError, naming the preset, if one could not be served."""
         for name in self.presets:
             try:
-                program = self.resolve(name, None).program
-                shared_width(program, self.catalog)
+                self.resolve(name, None)
             except (ApiError, BadRequest) as error:
                 raise ModelLoadError(f"The preset '{name}' cannot be served: {error.message}") from error
 
@@ -177,10 +176,12 @@ class Served:
             program = strategy.build(strategy.params(**values), model)
         except BadRequest as error:
             raise ApiError(400, error.message, f"{path}.{error.param}" if error.param else path) from error
-        for term in program.policy.terms:
-            if term.role.model not in self.catalog:
-                param = f"{path}.{term.name}" if term.name in values else path
-                raise UnknownModel(term.role.model, tuple(self.catalog), param=param)
+        terms = program.policy.terms
+        for term in terms:
+            try:
+                check_term(term, terms[0].role.model, self.catalog, _named_by(term, params, model, path))
+            except BadRequest as error:
+                raise ApiError(400, error.message, error.param, error.code) from error
         return program
 
     def strategies(self) -> list[dict[str, Any]]:
@@ -199,6 +200,21 @@ class Served:
             }
             for name, strategy in self._strategies.items()
         ]
+
+
+def _named_by(term: Term, params: Mapping[str, Any], model: str, path: str) -> str:
+    """The field of the request that names the model of `term`: a parameter of its strategy, or the request's own."""
+
+    def holds(value: Any) -> bool:
+        parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+        return value == term.role.model or any(map(holds, parts))
+
+    if holds(params.get(term.name)):
+        return f"{path}.{term.name}"
+    found = [name for name, value in params.items() if holds(value)]
+    if term.role.model == model and (term.name == "base" or not found):
+        return "model"
+    return f"{path}.{found[0]}" if found else path
 
 
 def _check_signs(value: Any, path: str) -> None:

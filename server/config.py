@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from decoding.core import EngineConfig, ModelSpec
+from decoding.core import SCORERS, EngineConfig, ModelSpec
 from server.errors import nearest
 from server.family import FAMILY, embedded_family
 
@@ -44,6 +44,16 @@ def _to_list(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _to_kind(value: Any) -> Any:
+    """Kinds that are planned have a sentence of their own."""
+    if value in SCORERS:
+        raise ValueError(
+            f"models of kind {value} score texts, and scorers are not served in this version; a reward that steers "
+            "every token is an autoregressive reward model, a causal LM (kind: causal)"
+        )
+    return value
+
+
 Bytes = Annotated[int, BeforeValidator(_to_bytes), Field(ge=0)]
 Names = Annotated[list[str], BeforeValidator(_to_list)]
 Positive = Annotated[int, Field(ge=1)]
@@ -59,7 +69,7 @@ class ModelEntry(Strict):
     """One entry under `models`. An adapter is a PEFT LoRA directory `of` another entry."""
 
     path: str
-    kind: Literal["causal", "adapter"] = "causal"
+    kind: Annotated[Literal["causal", "adapter"], BeforeValidator(_to_kind)] = "causal"
     of: str | None = None
     dtype: str | None = None
     device: str | None = None
