@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from decoding.core import (
+    AdapterInUse,
     BadRequest,
     Delta,
     EngineConfig,
@@ -27,6 +28,7 @@ from decoding.core import (
     Role,
     Sampling,
     SpanInput,
+    Speculation,
     Term,
     UnknownModel,
     View,
@@ -520,6 +522,23 @@ def test_load_reload_and_unload_while_others_run(folder: Path, references: dict[
     for id, of, message in (("x", "two", "no model that is served"), ("base", "base", "'base' is taken")):
         with pytest.raises(ModelLoadError, match=message):
             engine.load_adapter(ModelSpec(id, str(folder / "all"), kind="adapter", of=of))
+    engine.check()
+
+
+def test_an_adapter_that_drafts_is_in_use(folder: Path, references: dict[str | None, Any]) -> None:
+    engine = Engine(load_models(specs(folder, ["two"])), EngineConfig(kv_memory=1 << 22))
+    policy = Policy((Term("base", Role("base")),))
+    drafted = Program("plain", policy, speculation=Speculation(draft="two", tokens=2))
+    prompt = tuple(ids_of(12, 20))
+    engine.submit(make_request(engine, drafted, prompt))
+    events = engine.step()
+    with pytest.raises(AdapterInUse, match="'two' is in use by 1 requests"):
+        engine.unload_adapter("two")
+    while engine.has_work():
+        events += engine.step()
+    tokens = [token for event in events if isinstance(event, Delta) for token in event.token_ids]
+    assert tokens == greedy(references[None], prompt)
+    engine.unload_adapter("two")
     engine.check()
 
 

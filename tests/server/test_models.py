@@ -181,6 +181,16 @@ USES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+def test_a_scorer_does_not_draft(ask: Ask, odd_expert: Callable[..., None]) -> None:
+    odd_expert(kind="reward", parameters=1)
+    alone: dict[str, Any] = {"presets": {}, "defaults": {"model": "base"}}
+    named = error_of(ask(CHAT, HI | {"decoding": {"speculation": {"draft": "expert"}}}, **alone))
+    assert named["param"] == "decoding.speculation.draft"
+    assert "is served as a scorer" in named["message"]
+    auto = ask(CHAT, HI | {"decoding": {"speculation": True}}, **alone)
+    assert auto.json()["decoding"]["speculation"]["draft"] == "ngram", "not the smallest model, which is the scorer"
+
+
 @pytest.mark.parametrize(("decoding", "param"), USES)
 @pytest.mark.parametrize("kind", ["reward", "prm"])
 def test_a_scorer_is_no_role_of_a_policy(
