@@ -19,13 +19,6 @@ struct NoDenormals {  // tails underflow all the time; denormal arithmetic would
 #endif
 };
 
-inline F16 load_some(const float* p, int64_t count, float rest) {
-  if (count >= kLanes) return load(p);
-  F16 out = splat(rest);
-  for (int64_t i = 0; i < count; i++) out[i] = p[i];
-  return out;
-}
-
 struct Rows {
   const float *base, *small, *expert;
   int64_t width;

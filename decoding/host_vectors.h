@@ -52,8 +52,21 @@ inline F16 load(const bf16* p) {
   std::memcpy(&half, p, sizeof half);
   return (F16)(__builtin_convertvector(half, U16) << 16);
 }
-inline void store(float* p, F16 x) { std::memcpy(p, &x, sizeof x); }
 inline F16 splat(float x) { return F16{} + x; }
+template <class T>
+inline F16 load_some(const T* p, int64_t count, float rest) {  // `rest` beyond the first `count`
+  if (count >= kLanes) return load(p);
+  F16 out = splat(rest);
+  for (int64_t i = 0; i < count; i++) out[i] = to_float(p[i]);
+  return out;
+}
+template <class T, class Use>
+inline void each(const T* p, int64_t count, float rest, Use use) {  // use(i, the 16 values from i on)
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) use(i, load(p + i));
+  if (i < count) use(i, load_some(p + i, count - i, rest));
+}
+inline void store(float* p, F16 x) { std::memcpy(p, &x, sizeof x); }
 inline F16 least(F16 a, F16 b) { return a < b ? a : b; }
 inline F16 most(F16 a, F16 b) { return a > b ? a : b; }
 inline float sum(F16 x) {
@@ -78,5 +91,29 @@ inline F16 exponential(F16 x) {
   p = p * r * r + r + 1.0f;
   return p * (F16)((whole + 127) << 23);
 }
+
+// Rows index[i] of a matrix [R, V] of fp32 or bf16, of which the first `width` columns count.
+class Picked {
+ public:
+  Picked(const Tensor& rows, const int64_t* index, int64_t n, int64_t width)
+      : data_(rows.data_ptr()), index_(index), stride_(rows.stride(0)), wide_(rows.scalar_type() == ScalarType::Float) {
+    STD_TORCH_CHECK(wide_ || rows.scalar_type() == ScalarType::BFloat16, "rows: float32 or bfloat16");
+    STD_TORCH_CHECK(rows.stride(1) == 1 && width <= rows.size(1), "rows: too narrow, or not row by row");
+    for (int64_t i = 0; i < n; i++) STD_TORCH_CHECK(index[i] >= 0 && index[i] < rows.size(0), "rows: no such row");
+  }
+
+  template <class Use>
+  void visit(int64_t i, Use use) const {  // use(pointer to the row), in its own type
+    const int64_t at = index_[i] * stride_;
+    if (wide_) use(static_cast<const float*>(data_) + at);
+    else use(static_cast<const bf16*>(data_) + at);
+  }
+
+ private:
+  const void* data_;
+  const int64_t* index_;
+  int64_t stride_;
+  bool wide_;
+};
 
 }  // namespace

@@ -15,7 +15,7 @@ import torch
 from decoding.core import Sampling, TokenLogprob, TokenTrace
 from decoding.noise import GUMBEL_MAX, Lane, gumbel, key_tensor, noise_key
 from decoding.state import Sequence
-from decoding.truncate import first_ids, keep_mask, top_stable, truncate
+from decoding.truncate import first_ids, keep_rows, top_stable, truncate
 
 _COLDEST = 1e-30  # a temperature below it is this one: fp32 has no smaller number worth dividing by
 
@@ -130,8 +130,9 @@ def draw(z: torch.Tensor, sequences: Seq[Sequence], generator: torch.Generator) 
     whole = sorted(set(range(n)).difference(cut))
     if cut:
         values, ids, wide = truncate(z if len(cut) == n else z[cut], [params[i] for i in cut])
-        for row in wide:  # too many are kept for a short list: the whole row, with the others masked
-            z[cut[row]] = keep_mask(z[cut[row]], params[cut[row]])
+        if wide:  # too many are kept for a short list: the whole row, with the others masked
+            rest = [cut[row] for row in wide]
+            z[rest] = keep_rows(z if len(rest) == n else z[rest], [params[i] for i in rest])
         whole += [cut[row] for row in wide]
         place = {i: row for row, i in enumerate(cut) if row not in set(wide)}
         for rows, who in _by_noise(list(place), params):
