@@ -3,9 +3,6 @@
 // Top-k, top-p and min-p all keep a prefix of the tokens in the order (value descending, id ascending). A prefix is
 // written as its edge: the value of its last token, and the highest id that is kept among the tokens of that value.
 #include "host_vectors.h"
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 
 namespace {
 
