@@ -64,8 +64,7 @@ struct Plan {
     float* out = to + begin;
     each(sums, count, 0, [&](int64_t i, F16 z) {
       z = (z > -kInfinity) & (z < kInfinity) ? z : splat(-kInfinity);
-      if (count - i >= kLanes) store(out + i, z);
-      else std::memcpy(out + i, &z, (count - i) * sizeof(float));
+      store_some(out + i, z, count - i);
     });
   }
 
@@ -79,8 +78,7 @@ struct Plan {
   void close(int64_t g, int64_t row, int64_t begin, int64_t count, float* sums, int32_t* beyond) const {
     const float edge = least[g * n + row];
     const int32_t end = int32_t(last[g * n + row] - begin);  // in this block
-    I16 ids;
-    for (int j = 0; j < kLanes; j++) ids[j] = j;
+    const I16 ids = counted();
     const int64_t rule = outside[g];
     visit(of[g], row, [&](auto x, float shift) {
       each(x + begin, count, 0, [&](int64_t i, F16 v) {

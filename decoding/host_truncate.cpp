@@ -245,20 +245,24 @@ std::tuple<Tensor, Tensor, Tensor> kept_lists(const Tensor& z, const Tensor& lea
   return {values, ids, counts};
 }
 
-// z [n, W] fp32 and edges -> z with -inf where they cut.
-Tensor cut_rows(const Tensor& z, const Tensor& least, const Tensor& last) {
+// z and `by` [n, W] fp32, and edges of `by` -> z with -inf where they cut.
+Tensor cut_rows(const Tensor& z, const Tensor& by, const Tensor& least, const Tensor& last) {
   const int64_t n = z.size(0), width = z.size(1);
-  const Edges edges(z, least, last);
+  const Edges edges(by, least, last);
+  STD_TORCH_CHECK(z.is_contiguous() && z.scalar_type() == ScalarType::Float && by.size(0) == n && by.size(1) == width,
+                  "cut_rows: contiguous float32 rows of one shape");
+  const float* from = static_cast<const float*>(z.data_ptr());
   Tensor out = torch::stable::new_empty(z, {n, width});
   float* to = static_cast<float*>(out.data_ptr());
+  const I16 counting = counted();
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++) {
-      const float* x = edges.row(row);
       const Edge edge = edges.edge(row);
-      for (int64_t i = 0; i < width; i++) {
-        const bool beyond = x[i] < edge.least || (x[i] == edge.least && i > edge.last);
-        to[row * width + i] = beyond ? kNothing : x[i];
-      }
+      const float* own = from + row * width;
+      each(edges.row(row), width, 0, [&](int64_t i, F16 x) {  // selections, not branches: half of them would go wrong
+        const I16 beyond = (x < edge.least) | ((x == edge.least) & (counting + int32_t(i) > int32_t(edge.last)));
+        store_some(to + row * width + i, beyond ? splat(kNothing) : load_some(own + i, width - i, 0), width - i);
+      });
     }
   });
   return out;
@@ -270,7 +274,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(trimtab, m) {
   m.def(
       "kept_edges(Tensor rows, Tensor index, int width, Tensor k, Tensor top_p, Tensor min_p) -> (Tensor, Tensor)");
   m.def("kept_lists(Tensor z, Tensor least, Tensor last, int m) -> (Tensor, Tensor, Tensor)");
-  m.def("cut_rows(Tensor z, Tensor least, Tensor last) -> Tensor");
+  m.def("cut_rows(Tensor z, Tensor by, Tensor least, Tensor last) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(trimtab, CPU, m) {

@@ -70,6 +70,15 @@ inline void each(const T* p, int64_t count, float rest, Use use) {  // use(i, th
   if (i < count) use(i, load_some(p + i, count - i, rest));
 }
 inline void store(float* p, F16 x) { std::memcpy(p, &x, sizeof x); }
+inline void store_some(float* p, F16 x, int64_t count) {
+  if (count >= kLanes) return store(p, x);
+  std::memcpy(p, &x, count * sizeof(float));
+}
+inline I16 counted() {  // 0, 1, .. 15
+  I16 out;
+  for (int i = 0; i < kLanes; i++) out[i] = i;
+  return out;
+}
 #ifdef __AVX512F__  // one instruction each, with these very semantics for NaN; GCC makes two of the selections below
 inline F16 least(F16 a, F16 b) { return (F16)_mm512_min_ps((__m512)a, (__m512)b); }
 inline F16 most(F16 a, F16 b) { return (F16)_mm512_max_ps((__m512)a, (__m512)b); }

@@ -16,6 +16,7 @@ import torch
 from decoding.combine import Gating, KernelRows, TorchRows
 from decoding.core import Policy, Rows
 from decoding.state import Sample
+from decoding.truncate import cut_below
 
 Allowed = Callable[[Sample, int], torch.Tensor | None]  # (sample, its i-th row) -> [W] bool, None: every token is
 Starts = Callable[[str, int], torch.Tensor]  # (text model, width) -> [W] bool, ids that begin a word
@@ -89,7 +90,7 @@ def _mix_group(
     if policy.plausibility:
         reference = source.rows(names[policy.plausibility.of])
         ratios = [each.plausibility.ratio for each in policies if each.plausibility]
-        _mask_implausible(z, reference, ratios, samples, allowed)
+        z = _mask_implausible(z, reference, ratios, samples, allowed)
     return Mixed(z, chosen)
 
 
@@ -111,16 +112,16 @@ def _mask_implausible(
     ratios: Sequence[float],
     samples: Sequence[Sample],
     allowed: Allowed,
-) -> None:
-    """-inf where p_of < ratio x its maximum over allowed tokens; z, reference: [n, W]. z is edited in place."""
+) -> torch.Tensor:
+    """z [n, W] with -inf where p_of < ratio x its maximum over allowed tokens; reference: [n, W]."""
+    usable = z > -torch.inf  # [n, W]
     row = 0
-    best = torch.empty(len(z), 1, device=z.device)
-    finite = torch.isfinite(z)
     for sample in samples:
         for i in range(sample.count):
             mask = allowed(sample, i)
-            usable = finite[row] if mask is None else finite[row] & mask[: z.shape[1]]
-            best[row] = reference[row].masked_fill(~usable, -torch.inf).max()
+            if mask is not None:
+                usable[row] &= mask[: z.shape[1]]
             row += 1
-    logs = torch.tensor([math.log(ratio) if ratio > 0 else -math.inf for ratio in ratios], device=z.device)[:, None]
-    z.masked_fill_(reference < best + logs, -torch.inf)
+    best = torch.where(usable, reference, -torch.inf).amax(1)  # [n]
+    logs = torch.tensor([math.log(ratio) if ratio > 0 else -math.inf for ratio in ratios], device=z.device)
+    return cut_below(z, reference, best + logs)

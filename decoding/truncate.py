@@ -38,7 +38,8 @@ def keep_rows(z: torch.Tensor, params: Seq[Sampling]) -> torch.Tensor:
     edges = _edges(z, params)
     if edges is None:
         return torch.stack([keep_sorted(row, p) for row, p in zip(z, params, strict=True)])
-    return torch.ops.trimtab.cut_rows(z.contiguous(), *edges)  # type: ignore[no-any-return]
+    z = z.contiguous()
+    return torch.ops.trimtab.cut_rows(z, z, *edges)  # type: ignore[no-any-return]
 
 
 def keep_mask(row: torch.Tensor, p: Sampling) -> torch.Tensor:
@@ -54,6 +55,15 @@ def top_p_mask(lp: torch.Tensor, top_p: Seq[float]) -> torch.Tensor:
     params = [Sampling(top_p=p) for p in top_p]
     edges = _edges(lp, params)
     return top_p_listed(lp, params) if edges is None else ~_beyond(lp, *edges)
+
+
+def cut_below(z: torch.Tensor, by: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+    """z [n, W] fp32 with -inf wherever `by` [n, W] fp32 is below `least` [n]."""
+    # torch's own masking branches on every token, and on flat rows guesses wrong on half of them.
+    if z.device.type == "cpu" and z.dtype == by.dtype == torch.float32 and load_kernels():
+        last = torch.full(least.shape, z.shape[1])
+        return torch.ops.trimtab.cut_rows(z.contiguous(), by.contiguous(), least.float().contiguous(), last)  # type: ignore[no-any-return]
+    return z.masked_fill(by < least[:, None], -torch.inf)
 
 
 # -- by the kernel ----------------------------------------------------------------------------------------------------

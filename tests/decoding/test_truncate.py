@@ -12,6 +12,7 @@ import torch
 from decoding.core import Sampling
 from decoding.host_build import load_kernels
 from decoding.truncate import (
+    cut_below,
     keep_mask,
     keep_rows,
     keep_sorted,
@@ -212,6 +213,17 @@ def test_zeros_of_both_signs_tie() -> None:
     for p, count in ((Sampling(top_k=1), 1), (Sampling(top_k=3), 3), (Sampling(top_p=0.6), 3), (Sampling(min_p=1), 4)):
         for kept in (keep_mask(row, p), keep_sorted(row, p)):
             assert torch.isfinite(kept).tolist() == [i < count for i in range(4)], p
+
+
+@pytest.mark.parametrize("width", [1, 17, 4099])
+def test_rows_are_cut_by_others(width: int) -> None:
+    z, by = _noise(width, 1.0).repeat(3, 1), _noise(width + 3, 1.0)[:width].repeat(3, 1)
+    least = torch.stack([by[0, -1], torch.tensor(-torch.inf), torch.tensor(torch.inf)])
+    got = cut_below(z, by, least)
+    assert torch.equal(got[0], torch.where(by[0] >= by[0, -1], z[0], -torch.inf))  # the bound itself stays
+    assert torch.equal(got[1], z[1])
+    assert (got[2] == -torch.inf).all()
+    assert torch.equal(cut_below(z.double(), by.double(), least.double()), got.double())
 
 
 def test_nothing_is_cut_from_a_row_that_is_broken() -> None:
