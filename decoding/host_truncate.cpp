@@ -8,6 +8,7 @@ namespace {
 
 constexpr int kBuckets = 2048;
 constexpr int64_t kFew = 64;  // so many candidates are sorted
+constexpr float kFar = 87.0f;  // so far below the best, a probability counts as 0
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 struct Edge {
@@ -64,9 +65,9 @@ struct Row {
     double total = 0;
     for (int64_t i = 0; i < width;) {
       F16 part{};
-      for (int64_t end = std::min(padded(width), i + 64 * kLanes); i < end; i += kLanes) {
-        F16 x = load(values.data() + i), w = by_mass ? exponential(x - high) : splat(1.0f);
-        w = x > high - 87.0f ? w : by_mass ? F16{} : x > kNothing ? w : F16{};
+      for (int64_t end = std::min(padded(width), i + 16 * kLanes); i < end; i += kLanes) {
+        const F16 x = load(values.data() + i), d = x - high;
+        const F16 w = by_mass ? (d > -kFar ? exponential(d) : F16{}) : (x > kNothing ? splat(1.0f) : F16{});
         store(weights.data() + i, w);
         part += w;
       }
@@ -79,8 +80,8 @@ struct Row {
   Edge select(double target) {
     const float *x = values.data(), *w = weights.data();
     float top = high, bottom = low;
-    int64_t count = padded(width);
-    int64_t real = width;
+    if (high - kFar < high) bottom = std::max(low, high - kFar);  // models that mask by -3e38 leave few buckets else
+    int64_t count = padded(width), real = width;
     double before = 0;
     while (top > bottom && count > kFew) {
       const float scale = float(std::min((kBuckets - 1) / (double(top) - bottom), 3e38));

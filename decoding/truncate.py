@@ -102,7 +102,7 @@ def listed(z: torch.Tensor, params: Seq[Sampling]) -> tuple[torch.Tensor, torch.
     width = z.shape[1]
     most = min(width, _CANDIDATES)
     values, ids = top_stable(z, most)
-    kept = kept_counts(values, torch.logsumexp(z, 1), params)  # [n]
+    kept = kept_counts(values, torch.logsumexp(z - values[:, :1], 1), params)  # [n]
     # A kept set that reaches the last candidate's value may go on beyond it, and top-p is of all that top-k keeps.
     edge = (values.gather(1, (kept - 1)[:, None])[:, 0] == values[:, -1]).tolist()
     far = [p.top_k > most and p.top_p < 1.0 for p in params]
@@ -118,7 +118,7 @@ def keep_sorted(row: torch.Tensor, p: Sampling) -> torch.Tensor:
         values = torch.from_numpy(np.sort(-row.numpy())).neg_()
     else:
         values = torch.sort(row, descending=True).values
-    kept = int(kept_counts(values[None], torch.logsumexp(row, 0)[None], [p])[0])
+    kept = int(kept_counts(values[None], torch.logsumexp(row - values[0], 0)[None], [p])[0])
     ids = first_ids(row, values[kept - 1], kept)
     return torch.full_like(row, -torch.inf).index_copy_(0, ids, row[ids])
 
@@ -130,7 +130,11 @@ def first_ids(row: torch.Tensor, least: torch.Tensor, count: int) -> torch.Tenso
 
 
 def kept_counts(values: torch.Tensor, total: torch.Tensor, params: Seq[Sampling]) -> torch.Tensor:
-    """How many of the descending `values` [n, m] are kept, [n] int64. total: [n] log-sum-exp of the whole rows."""
+    """How many of the descending `values` [n, m] are kept, [n] int64.
+
+    total: [n] log-sum-exp of the whole rows less their best value.
+    """
+    values = values.double() - values[:, :1]  # large numbers would swallow the logarithm of a sum
     device, m = values.device, values.shape[1]
     rank = torch.arange(m, device=device)[None]
     k = torch.tensor([min(p.top_k, _NO_K) or _NO_K for p in params], device=device)[:, None]
@@ -140,9 +144,9 @@ def kept_counts(values: torch.Tensor, total: torch.Tensor, params: Seq[Sampling]
     probs = torch.exp(values - norm).masked_fill(~in_k, 0.0)
     limits = torch.tensor([[p.top_p, p.min_p] for p in params], device=device, dtype=torch.float64)  # [n, 2]
     top_p, min_p = limits[:, :1], limits[:, 1:]
-    before = probs.double().cumsum(1) - probs  # mass of the better ones
+    before = probs.cumsum(1) - probs  # mass of the better ones
     keep = in_k & ((before < top_p) | (top_p >= 1.0))
-    keep &= values.double() - values[:, :1] >= min_p.log()  # in logs: exp would round what is nearly 1 to it
+    keep &= values >= min_p.log()  # in logs: exp would round what is nearly 1 to it
     keep[:, 0] = True
     return keep.sum(1)
 

@@ -58,6 +58,12 @@ def _outlier(width: int) -> torch.Tensor:
     return row
 
 
+def _masked_by_numbers(width: int) -> torch.Tensor:
+    row = _noise(width, 0.6)
+    row[1::2] = torch.finfo(torch.float32).min
+    return row
+
+
 ROWS: dict[str, Callable[[int], torch.Tensor]] = {
     "flat": lambda w: _noise(w, 0.6),
     "flatter": lambda w: _noise(w, 1e-4) - 10,
@@ -70,6 +76,8 @@ ROWS: dict[str, Callable[[int], torch.Tensor]] = {
     "zeros": _zeros_of_both_signs,
     "denormal": lambda w: _noise(w, 1.0).round() * 1e-45,
     "outlier": _outlier,
+    "masked by numbers": _masked_by_numbers,
+    "huge ties": lambda w: _noise(w, 1.0).round() * 1e37 - 2e38,
     "huge": lambda w: _noise(w, 5e37),
 }
 PARAMS = [
