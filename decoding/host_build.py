@@ -21,7 +21,7 @@ import torch
 
 log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
-SOURCES = tuple(HERE / f"host_{name}.cpp" for name in ("attention", "linear", "fusion", "lora"))
+SOURCES = tuple(HERE / f"host_{name}.cpp" for name in ("attention", "linear", "fusion", "lora", "mix", "truncate"))
 HEADER = HERE / "host_vectors.h"
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fno-math-errno", "-Wno-psabi")
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11

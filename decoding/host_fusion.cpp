@@ -7,8 +7,8 @@
 
 namespace {
 
-constexpr int64_t kShare = 4096;  // elements per task
-constexpr int64_t kAfresh = 4;    // points between two exponentials
+constexpr int64_t kShare = 2048;  // elements per task: what a task keeps of them fits the first-level cache
+constexpr int kAfresh = 4;        // points per exponential: products of rounded ratios drift
 constexpr float kLeast = -80.0f;  // below it, a probability counts as 0
 
 struct NoDenormals {  // tails underflow all the time; denormal arithmetic would cost a hundred times as much
@@ -18,13 +18,6 @@ struct NoDenormals {  // tails underflow all the time; denormal arithmetic would
   ~NoDenormals() { _mm_setcsr(before); }
 #endif
 };
-
-inline F16 load_some(const float* p, int64_t count, float rest) {
-  if (count >= kLanes) return load(p);
-  F16 out = splat(rest);
-  for (int64_t i = 0; i < count; i++) out[i] = p[i];
-  return out;
-}
 
 struct Rows {
   const float *base, *small, *expert;
@@ -54,13 +47,15 @@ void sums_of(const Rows& r, int64_t row, int64_t begin, int64_t end, float* out)
 }
 
 // For a = start + k step, k < points: top, sum of e^(b + a d - top), and of the same times d. `top` is the largest
-// exponent of the points' group, so that nothing that counts underflows, however far apart the rows are.
+// exponent of the points' group, so that nothing that counts underflows, however far apart the rows are. All 0 if
+// `start` is NaN, which is the caller's way to leave a cell out.
 constexpr int kMoments = 3;
 
 void moments_of(const Rows& r, int64_t row, int64_t begin, int64_t end, float start, float step, int64_t points,
                 float* out) {
+  if (start != start) return void(std::fill(out, out + kMoments * points, 0.0f));
   NoDenormals guard;
-  float base[kShare], delta[kShare], ratio[kShare], tilted[kShare];
+  alignas(64) float base[kShare], delta[kShare], ratio[kShare];
   const int64_t taken = end - begin;
   for (int64_t i = 0; i < taken; i += kLanes) {
     int64_t at = row * r.width + begin + i, count = taken - i;
@@ -69,25 +64,21 @@ void moments_of(const Rows& r, int64_t row, int64_t begin, int64_t end, float st
     store(delta + i, d);
     store(ratio + i, exponential(d * step));
   }
-  float top = 0;
-  for (int64_t k = 0; k < points; k++) {
+  for (int64_t k = 0; k < points; k += kAfresh) {
     const float a = start + float(k) * step;
-    const bool afresh = k % kAfresh == 0;  // products of rounded ratios drift
-    if (afresh) {
-      F16 high = splat(-1e30f);
-      for (int64_t i = 0; i < taken; i += kLanes) high = most(high, load(base + i) + load(delta + i) * a);
-      top = high[0];
-      for (int j = 1; j < kLanes; j++) top = std::max(top, high[j]);
-    }
-    F16 total{}, mean{};
+    F16 high = splat(-1e30f);
+    for (int64_t i = 0; i < taken; i += kLanes) high = most(high, load(base + i) + load(delta + i) * a);
+    float top = high[0];
+    for (int j = 1; j < kLanes; j++) top = std::max(top, high[j]);
+    F16 total[kAfresh] = {}, mean[kAfresh] = {};
     for (int64_t i = 0; i < taken; i += kLanes) {
-      F16 d = load(delta + i), e = load(tilted + i) * load(ratio + i);
-      if (afresh) e = exponential(load(base + i) + d * a - top);
-      total += e;
-      mean += e * d;
-      store(tilted + i, e);
+      F16 d = load(delta + i), grow = load(ratio + i), e = exponential(load(base + i) + d * a - top);
+      for (int q = 0; q < kAfresh; q++) total[q] += e, mean[q] += e * d, e *= grow;
     }
-    out[kMoments * k] = top, out[kMoments * k + 1] = sum(total), out[kMoments * k + 2] = sum(mean);
+    for (int q = 0; q < std::min<int64_t>(kAfresh, points - k); q++) {
+      float* to = out + kMoments * (k + q);
+      to[0] = top, to[1] = sum(total[q]), to[2] = sum(mean[q]);
+    }
   }
 }
 

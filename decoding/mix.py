@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from decoding.core import Gate, Policy, Rows, Solver
+from decoding.combine import Gating, KernelRows, TorchRows
+from decoding.core import Policy, Rows, Solver
 from decoding.state import Sample
-from decoding.truncate import top_p_mask
+from decoding.truncate import cut_below
 
 Allowed = Callable[[Sample, int], torch.Tensor | None]  # (sample, its i-th row) -> [W] bool, None: every token is
 Starts = Callable[[str, int], torch.Tensor]  # (text model, width) -> [W] bool, ids that begin a word
@@ -68,29 +69,27 @@ def _mix_group(
     members: Sequence[tuple[int, Sample]], rows: Mapping[str, Rows], allowed: Allowed, starts: Starts
 ) -> Mixed:
     samples = [sample for _, sample in members]
-    first = samples[0].sequence
+    group = samples[0].sequence.group
     policies = [sample.sequence.group.policy for sample in samples for _ in range(sample.count)]
-    policy, width = policies[0], first.group.width
-    tracks = [_rows(rows[track.model], j, samples, width) for j, track in enumerate(first.tracks)]
-    gated = any(term.gate for term in policy.terms)
-    if policy.logprobs or gated or policy.solver:
-        tracks = [torch.log_softmax(track, 1) for track in tracks]
-    terms = [tracks[j] for j in first.group.term_tracks]  # terms of one model and prompt share a track
+    policy, of = policies[0], group.term_tracks  # terms of one model and prompt share a track
+    tracks = [(rows[track.model].logits, _offsets(j, samples)) for j, track in enumerate(samples[0].sequence.tracks)]
+    logprobs = bool(policy.logprobs or policy.solver or any(term.gate for term in policy.terms))
+    source = KernelRows.of(tracks, group.width, logprobs) or TorchRows(tracks, group.width, logprobs)
     chosen: dict[int, list[float]] = {}
     if policy.solver:
-        weights = _solve(policy.solver, terms, samples, starts(first.group.request.text_model, width))
+        terms = [source.rows(t) for t in of]
+        weights = _solve(policy.solver, terms, samples, starts(group.request.text_model, group.width))
         index = [at + i for at, sample in members for i in range(sample.count)]
         chosen = dict(zip(index, weights.tolist(), strict=True))
     else:
         values = [[term.weight for term in each.terms] for each in policies]
-        weights = torch.tensor(values, device=terms[0].device)  # [n, J]
-    names = {term.name: j for j, term in enumerate(policy.terms)}
-    z = _gated_sum(terms, weights, policies, names) if gated else _sum(terms, weights, not policy.plausibility)
-    z = z.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+        weights = torch.tensor(values, device=tracks[0][0].device)  # [n, J]
+    names = {term.name: of[j] for j, term in enumerate(policy.terms)}
+    z = source.mix(of, weights, [_gating(policies, j, names) for j in range(len(of))])
     if policy.plausibility:
-        reference = terms[names[policy.plausibility.of]]
+        reference = source.rows(names[policy.plausibility.of])
         ratios = [each.plausibility.ratio for each in policies if each.plausibility]
-        _mask_implausible(z, reference, ratios, samples, allowed)
+        z = _mask_implausible(z, reference, ratios, samples, allowed)
     return Mixed(z, chosen)
 
 
@@ -116,63 +115,16 @@ def _solve(
     return weights
 
 
-def _rows(rows: Rows, j: int, samples: Sequence[Sample], width: int) -> torch.Tensor:
-    """Rows of track j, a copy: [n, width] fp32."""
-    logits = rows.logits  # [R, V]
-    index = [sample.offsets[j] + i for sample in samples for i in range(sample.count)]
-    if index != list(range(logits.shape[0])):
-        logits = logits[torch.tensor(index, device=logits.device)]
-    return logits[:, :width].to(torch.float32, copy=True)
+def _offsets(j: int, samples: Sequence[Sample]) -> list[int]:
+    """Where the samples' rows of track j are in its model's rows."""
+    return [sample.offsets[j] + i for sample in samples for i in range(sample.count)]
 
 
-def _sum(terms: Sequence[torch.Tensor], weights: torch.Tensor, in_place: bool = False) -> torch.Tensor:
-    """sum_j w_j z_j, [n, W]; `in_place` may spend terms[0].
-
-    A weight of 0 (only a solver's) leaves its term out: 0 * inf is nan.
-    """
-    zero = (weights == 0).any(dim=0).tolist()
-    ones = bool((weights[:, 0] == 1.0).all())
-    alone = in_place and all(term is not terms[0] for term in terms[1:])
-    if zero[0]:
-        total = torch.zeros_like(terms[0]).addcmul_(terms[0].masked_fill(weights[:, :1] == 0, 0.0), weights[:, :1])
-    elif ones:
-        total = terms[0] if alone else terms[0].clone()
-    else:
-        total = terms[0].mul_(weights[:, :1]) if alone else terms[0] * weights[:, :1]
-    for j in range(1, len(terms)):
-        column = weights[:, j : j + 1]
-        total.addcmul_(terms[j].masked_fill(column == 0, 0.0) if zero[j] else terms[j], column)
-    return total
-
-
-def _gated_sum(
-    terms: Sequence[torch.Tensor], weights: torch.Tensor, policies: Sequence[Policy], names: Mapping[str, int]
-) -> torch.Tensor:
-    """The mix of a policy with gates, over log-probs [n, W]."""
-    plain = [j for j, term in enumerate(policies[0].terms) if term.gate is None]
-    total = _sum([terms[j] for j in plain], weights[:, plain]) if plain else torch.zeros_like(terms[0])
-    sets: dict[tuple[str, tuple[float, ...]], torch.Tensor] = {}
-    for j, term in enumerate(policies[0].terms):
-        if term.gate is None:
-            continue
-        gates = [_gate(policy, j) for policy in policies]
-        key = (term.gate.of, tuple(gate.top_p for gate in gates))
-        of = terms[names[term.gate.of]]
-        inside = sets.get(key)
-        if inside is None:
-            inside = sets[key] = top_p_mask(of, key[1])
-            if term.gate.outside == "drop":
-                total.masked_fill_(~inside, -torch.inf)
-            elif term.gate.outside == "of":
-                total = torch.where(inside, total, of)
-        total += (terms[j] * weights[:, j : j + 1]).masked_fill_(~inside, 0.0)
-    return total
-
-
-def _gate(policy: Policy, j: int) -> Gate:
-    gate = policy.terms[j].gate
-    assert gate is not None, "policies of one shape have the same gates"
-    return gate
+def _gating(policies: Sequence[Policy], j: int, names: Mapping[str, int]) -> Gating | None:
+    """Term j's gate for all rows; `names` gives the track of each term. Policies of one shape have the same gates."""
+    gates = [policy.terms[j].gate for policy in policies]
+    found = [gate for gate in gates if gate is not None]
+    return Gating(names[found[0].of], tuple(gate.top_p for gate in found), found[0].outside) if found else None
 
 
 def _mask_implausible(
@@ -181,16 +133,16 @@ def _mask_implausible(
     ratios: Sequence[float],
     samples: Sequence[Sample],
     allowed: Allowed,
-) -> None:
-    """-inf where p_of < ratio x its maximum over allowed tokens; z, reference: [n, W]. z is edited in place."""
+) -> torch.Tensor:
+    """z [n, W] with -inf where p_of < ratio x its maximum over allowed tokens; reference: [n, W]."""
+    usable = z > -torch.inf  # [n, W]
     row = 0
-    best = torch.empty(len(z), 1, device=z.device)
-    finite = torch.isfinite(z)
     for sample in samples:
         for i in range(sample.count):
             mask = allowed(sample, i)
-            usable = finite[row] if mask is None else finite[row] & mask[: z.shape[1]]
-            best[row] = reference[row].masked_fill(~usable, -torch.inf).max()
+            if mask is not None:
+                usable[row] &= mask[: z.shape[1]]
             row += 1
-    logs = torch.tensor([math.log(ratio) if ratio > 0 else -math.inf for ratio in ratios], device=z.device)[:, None]
-    z.masked_fill_(reference < best + logs, -torch.inf)
+    best = torch.where(usable, reference, -torch.inf).amax(1)  # [n]
+    logs = torch.tensor([math.log(ratio) if ratio > 0 else -math.inf for ratio in ratios], device=z.device)
+    return cut_below(z, reference, best + logs)

@@ -16,7 +16,7 @@ import torch
 from decoding.core import Sampling, TokenLogprob, TokenTrace
 from decoding.noise import GUMBEL_MAX, Lane, gumbel, key_tensor, noise_key, uniform
 from decoding.state import Sequence
-from decoding.truncate import first_ids, keep_mask, top_stable, truncate
+from decoding.truncate import first_ids, keep_rows, top_stable, truncate
 
 _SMALL = 1024  # a row of so few ids is hashed whole
 _COLDEST = 1e-30  # a temperature below it is this one: fp32 has no smaller number worth dividing by
@@ -150,8 +150,9 @@ def draw(z: torch.Tensor, places: Seq[Position], generator: torch.Generator, lan
     whole = sorted(set(range(n)).difference(cut))
     if cut:
         values, ids, wide = truncate(z if len(cut) == n else z[cut], [params[i] for i in cut])
-        for row in wide:  # too many are kept for a short list: the whole row, with the others masked
-            z[cut[row]] = keep_mask(z[cut[row]], params[cut[row]])
+        if wide:  # too many are kept for a short list: the whole row, with the others masked
+            rest = [cut[row] for row in wide]
+            z[rest] = keep_rows(z if len(rest) == n else z[rest], [params[i] for i in rest])
         whole += [cut[row] for row in wide]
         place = {i: row for row, i in enumerate(cut) if row not in set(wide)}
         for rows, keyed in _by_noise(list(place), places):
@@ -166,12 +167,10 @@ def kept(z: torch.Tensor, params: Seq[Sampling]) -> torch.Tensor:
     """Processed logits z [n, W] at temperature, -inf outside the truncation: their softmax is what is drawn from."""
     z = tempered(z, params)
     cut = [i for i, p in enumerate(params) if _truncates(p)]
+    if len(cut) == len(params):
+        return keep_rows(z, params)
     if cut:
-        values, ids, wide = truncate(z if len(cut) == len(params) else z[cut], [params[i] for i in cut])
-        rows = torch.full((len(cut), z.shape[1]), -torch.inf, device=z.device).scatter_(1, ids, values)
-        for row in wide:
-            rows[row] = keep_mask(z[cut[row]], params[cut[row]])
-        z[cut] = rows
+        z[cut] = keep_rows(z[cut], [params[i] for i in cut])
     return z
 
 
@@ -181,7 +180,8 @@ def tempered(z: torch.Tensor, params: Seq[Sampling]) -> torch.Tensor:
     A tiny temperature then sends all others to -inf, and nothing to +inf.
     """
     scale = torch.tensor([max(p.temperature, _COLDEST) for p in params], device=z.device)[:, None]
-    return (z - z.amax(1, keepdim=True)) / scale
+    best = z.amax(1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)  # -inf where nothing is allowed: not nan
+    return (z - best) / scale
 
 
 def pick(z: torch.Tensor, places: Seq[Position], generator: torch.Generator, lane: Lane = Lane.TOKEN) -> list[int]:

@@ -90,14 +90,15 @@ class Fusion:
             return alpha, expert, best
         bound = _cell_bound(f, target_f) + _cell_bound(g, target_g)  # [n, m, K - 1]
         low, cells = bound.topk(min(2, count - 1), dim=2, largest=False)
-        if not bool((low < best[:, None, None]).any()):
+        useful = low < best[:, None, None]  # [n, m, 2]
+        if not bool(useful.any()):
             return alpha, expert, best  # every cell is ruled out: the grid's answer is the global optimum
         finer = self.step / 9
         for i in range(len(experts)):
-            start = points[cells[:, i]] + finer  # [n, 2]
+            start = (points[cells[:, i]] + finer).masked_fill(~useful[:, i], torch.nan)  # [n, 2], nan: nothing to try
             tries = (start[:, :, None] + torch.arange(8, device=base.device, dtype=base.dtype) * finer).flatten(1)
             fi, gi = evidence.divergences(i, start, finer, 8)
-            tried, where = ((fi - target_f[:, None]) ** 2 + (gi - target_g[:, None]) ** 2).min(1)
+            tried, where = ((fi - target_f[:, None]) ** 2 + (gi - target_g[:, None]) ** 2).nan_to_num(torch.inf).min(1)
             better = tried < best
             best = torch.where(better, tried, best)
             alpha = torch.where(better, tries.gather(1, where[:, None])[:, 0], alpha)

@@ -107,6 +107,10 @@ def test_the_kernels_equal_their_specification(width: int, scale: float) -> None
         got = kernel.divergences(i, start, 0.05, 9)
         for mine, want in zip(got, exact.divergences(i, start.double(), 0.05, 9), strict=True):
             torch.testing.assert_close(mine.double(), want, rtol=1e-5, atol=2e-5 * scale)
+        start_of_one = start.masked_fill(torch.tensor([True, False]), torch.nan)  # nan: not to be computed
+        for mine, whole in zip(kernel.divergences(i, start_of_one, 0.05, 9), got, strict=True):
+            assert mine[:, :9].isnan().all()
+            assert torch.equal(mine[:, 9:], whole[:, 9:])
 
 
 def test_closed_forms() -> None:
