@@ -26,10 +26,10 @@ class Store:
         head = json.dumps({"made_from": made_from}, sort_keys=True)
         whole = path.read_bytes().rpartition(b"\n")[0].decode() if path.exists() else ""  # without a cut line
         lines = whole.splitlines()
-        if lines and lines[0] != head:
+        if len(lines) > 1 and lines[0] != head:
             raise ValueError(f"{path} was made with other settings; remove it to begin anew, or use those again")
         self.entries: list[Entry] = [json.loads(line) for line in lines[1:]]
-        path.write_text("".join(line + "\n" for line in lines or [head]))
+        path.write_text("".join(line + "\n" for line in [head, *lines[1:]]))
 
     def add(self, entries: Sequence[Entry]) -> None:
         """Append `entries`, on disk first."""
