@@ -19,38 +19,47 @@ DEMO = "demo"  # in place of a file: the embedded family's own text
 _DEMO_PROMPTS, _DEMO_TEXTS = 2_500, 40_000
 
 
+_Target = Annotated[Path, typer.Option(help="Directory of the model to draft for.", exists=True, file_okay=False)]
+_Model = Annotated[
+    str,
+    typer.Option(
+        help="Drafter to start from: a directory with the target's tokenizer (new weights if it has only a "
+        "config.json), or a shape LAYERSxHIDDEN such as 1x64 for a new Llama of the target's vocabulary."
+    ),
+]
+_Output = Annotated[Path, typer.Option(help="Directory to write: weights (bf16), tokenizer, trimtab.json.")]
+_Data = Annotated[
+    str,
+    typer.Option(
+        help='JSON lines: {"prompt"} or {"messages"} are answered by the target, {"text"} is read. Without '
+        "prompts, the beginnings of the texts serve. The word demo stands for the embedded family's own text."
+    ),
+]
+_Loss = Annotated[str, typer.Option(help=f"{', '.join(LOSSES)}: KL(target, drafter), distance, or acceptance.")]
+_Sigma = Annotated[str, typer.Option(help="tvd++: standardise rewards over the batch or by position.")]
+_Decay = Annotated[
+    float | None, typer.Option(min=0, help="lk: w KL + (1 - w) TVD, w = exp(-decay * acceptance), if given.")
+]
+_Temperature = Annotated[
+    list[float] | None, typer.Option(min=0, help="The target writes at each of them [default: 0, 0.3, 0.7, 1].")
+]
+_Batch = Annotated[int, typer.Option(min=1, help="Rows a step; logits of both models are held for them.")]
+
+
 def distill(
-    target: Annotated[Path, typer.Option(help="Directory of the model to draft for.", exists=True, file_okay=False)],
-    model: Annotated[
-        str,
-        typer.Option(
-            help="Drafter to start from: a directory with the target's tokenizer (new weights if it has only a "
-            "config.json), or a shape LAYERSxHIDDEN such as 1x64 for a new Llama of the target's vocabulary."
-        ),
-    ],
-    output: Annotated[Path, typer.Option(help="Directory to write: weights (bf16), tokenizer, trimtab.json.")],
-    data: Annotated[
-        str,
-        typer.Option(
-            help='JSON lines: {"prompt"} or {"messages"} are answered by the target, {"text"} is read. Without '
-            "prompts, the beginnings of the texts serve. The word demo stands for the embedded family's own text."
-        ),
-    ] = DEMO,
-    loss: Annotated[
-        str, typer.Option(help=f"{', '.join(LOSSES)}: KL(target, drafter), distance, or acceptance.")
-    ] = "kl",
-    sigma: Annotated[str, typer.Option(help="tvd++: standardise rewards over the batch or by position.")] = "batch",
-    lk_decay: Annotated[
-        float | None, typer.Option(min=0, help="lk: w KL + (1 - w) TVD, w = exp(-decay * acceptance), if given.")
-    ] = None,
-    temperature: Annotated[
-        list[float] | None, typer.Option(min=0, help="The target writes at each of them [default: 0, 0.3, 0.7, 1].")
-    ] = None,
+    target: _Target,
+    model: _Model,
+    output: _Output,
+    data: _Data = DEMO,
+    loss: _Loss = "kl",
+    sigma: _Sigma = "batch",
+    lk_decay: _Decay = None,
+    temperature: _Temperature = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 96,
     text_share: Annotated[float, typer.Option(min=0, max=0.9, help="Share of text among the rows of the loss.")] = 0.1,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the white-box loss.")] = 1000,
     reading_steps: Annotated[int, typer.Option(min=0, help="Steps on text before it, for new weights.")] = 2000,
-    batch: Annotated[int, typer.Option(min=1, help="Rows a step; logits of both models are held for them.")] = 16,
+    batch: _Batch = 16,
     length: Annotated[int, typer.Option(min=8, help="Tokens a row.")] = 256,
     learning_rate: Annotated[float, typer.Option(help="Highest rate; linear warm-up and decay.")] = 3e-3,
     held_out: Annotated[float, typer.Option(min=0, max=0.5, help="Share of prompts and texts for the report.")] = 0.05,
@@ -65,27 +74,16 @@ def distill(
 
     Example: python -m training distill --target server/family/base --model 1x64 --output my-drafter
     """
-    if sigma not in ("batch", "position"):
-        raise typer.BadParameter("--sigma is batch or position")
-    reading = (
-        Recipe(reading_steps, batch, 5e-3, warmup=max(1, reading_steps // 20), seed=seed) if reading_steps else None
-    )
-    job = Job(
-        target,
-        model,
-        output,
-        loss,
-        Recipe(steps, batch, learning_rate, warmup=max(1, steps // 20), seed=seed),
-        reading,
-        per_position=sigma == "position",
-        lk_decay=lk_decay,
-        temperatures=tuple(temperature or (0.0, 0.3, 0.7, 1.0)),
-        max_tokens=max_tokens,
-        text_share=text_share,
-        length=length,
-    )
+    temperatures = tuple(temperature or (0.0, 0.3, 0.7, 1.0))
+    recipe = Recipe(steps, batch, learning_rate, warmup=max(1, steps // 20), seed=seed)
+    reading = Recipe(reading_steps, batch, 5e-3, warmup=max(1, reading_steps // 20), seed=seed)
     console = Console()
     try:
+        if sigma not in ("batch", "position"):
+            raise ValueError(f"--sigma is batch or position, not {sigma}")
+        by_position = sigma == "position"
+        job = Job(target, model, output, loss, recipe, reading if reading_steps else None, by_position, lk_decay,
+                  temperatures, max_tokens, text_share, length)  # fmt: skip
         card = distil(job, _material(data, job, held_out), console)
     except (ValueError, ModelLoadError) as error:
         raise typer.BadParameter(str(error)) from error

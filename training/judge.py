@@ -8,35 +8,40 @@ from rich.console import Console
 
 from decoding.core import ModelLoadError
 from training.chats import read_tasks
-from training.demo.tasks import sums
+from training.demo.tasks import STOP, sums
 from training.judging import Job, Task, make_judge
 from training.mining import GRADERS
 
 DEMO = "demo"  # in place of a file: the embedded family's sums
 
 
+_Target = Annotated[Path, typer.Option(help="Directory of the model that verifies.", exists=True, file_okay=False)]
+_Drafter = Annotated[Path, typer.Option(help="Directory of the model that drafts.", exists=True, file_okay=False)]
+_Output = Annotated[Path, typer.Option(help="Directory to write: judge.safetensors, trimtab.json.")]
+_Data = Annotated[
+    str,
+    typer.Option(
+        help='JSON lines of {"prompt", "answer"}: tasks with exact final answers. The word demo stands for the '
+        "embedded family's sums."
+    ),
+]
+_Grader = Annotated[str, typer.Option(help=f"How a text becomes a final answer: {', '.join(GRADERS)}.")]
+_Stop = Annotated[
+    str | None, typer.Option(help="String that ends an answer, beside the end token [demo: a blank line].")
+]
+_L2 = Annotated[float, typer.Option(min=0, help="Weight of the squared weights, as in sum of losses + l2/2 w^2.")]
+
+
 def judge(
-    target: Annotated[Path, typer.Option(help="Directory of the model that verifies.", exists=True, file_okay=False)],
-    drafter: Annotated[Path, typer.Option(help="Directory of the model that drafts.", exists=True, file_okay=False)],
-    output: Annotated[Path, typer.Option(help="Directory to write: judge.safetensors, trimtab.json.")],
-    data: Annotated[
-        str,
-        typer.Option(
-            help='JSON lines of {"prompt", "answer"}: tasks with exact final answers. The word demo stands for the '
-            "embedded family's sums."
-        ),
-    ] = DEMO,
-    grader: Annotated[
-        str, typer.Option(help=f"How a text becomes a final answer: {', '.join(GRADERS)}.")
-    ] = "last-number",
-    stop: Annotated[
-        str | None, typer.Option(help="String that ends an answer, beside the end token [demo: a blank line].")
-    ] = None,
+    target: _Target,
+    drafter: _Drafter,
+    output: _Output,
+    data: _Data = DEMO,
+    grader: _Grader = "last-number",
+    stop: _Stop = None,
     tasks: Annotated[int, typer.Option(min=2, help="How many sums to draw for demo data.")] = 600,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
-    l2: Annotated[
-        float, typer.Option(min=0, help="Weight of the squared weights, as in sum of losses + l2/2 w^2.")
-    ] = 1.0,
+    l2: _L2 = 1.0,
     balanced: Annotated[bool, typer.Option(help="Let both classes weigh the same, whatever their numbers.")] = True,
     held_out: Annotated[float, typer.Option(min=0.01, max=0.9, help="Share of tasks for the metrics.")] = 0.25,
     seed: Annotated[int, typer.Option()] = 0,
@@ -50,15 +55,11 @@ def judge(
 
     Example: python -m training judge --target server/family/base --drafter server/family/drafter --output my-judge
     """
+    if data == DEMO:
+        stop = stop or STOP
     job = Job(target, drafter, output, grader, stop, max_tokens, l2, balanced, seed)
     try:
-        if data == DEMO:
-            job = Job(target, drafter, output, grader, stop or "\n\n", max_tokens, l2, balanced, seed)
-            apart = max(1, round(tasks * held_out))
-            learn = [Task(*drawn) for drawn in sums(seed, tasks - apart, held_out=False)]
-            measure = [Task(*drawn) for drawn in sums(seed, apart, held_out=True)]
-        else:
-            learn, measure = _read(Path(data), held_out)
+        learn, measure = _demo(seed, tasks, held_out) if data == DEMO else _read(Path(data), held_out)
         card = make_judge(job, learn, measure, Console())
     except (ValueError, ModelLoadError) as error:
         raise typer.BadParameter(str(error)) from error
@@ -66,6 +67,12 @@ def judge(
     typer.echo(
         f"wrote {output}: {found['labels']['training']} labels, held out {found['held_out'] or 'one class only'}"
     )
+
+
+def _demo(seed: int, count: int, held_out: float) -> tuple[list[Task], list[Task]]:
+    apart = max(1, round(count * held_out))
+    learn = [Task(*drawn) for drawn in sums(seed, count - apart, held_out=False)]
+    return learn, [Task(*drawn) for drawn in sums(seed, apart, held_out=True)]
 
 
 def _read(path: Path, held_out: float) -> tuple[list[Task], list[Task]]:

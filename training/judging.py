@@ -17,7 +17,7 @@ from decoding.core import Sampling
 from decoding.judge import CARD, WEIGHTS, weights_hash
 from training.chats import Ids
 from training.drafter import read_tokenizer, same_tokenizer
-from training.logistic import Linear, auc, fit_logistic
+from training.logistic import Linear, NothingToLearn, auc, fit_logistic
 from training.mining import GRADERS, Answers, Label, greedy_choices, last_hidden, mine
 from training.store import Store, chunks, paced
 from training.writer import open_engine, write
@@ -54,8 +54,8 @@ def make_judge(job: Job, tasks: Sequence[Task], held_out: Sequence[Task], consol
 
     Labels of finished prompts stay in `work/labels.jsonl` there.
 
-    Raises ValueError: another tokenizer, an unknown grader, labels that are all the same, a prompt that does not fit.
-    ModelLoadError: the target cannot be served.
+    Raises ValueError: another tokenizer, an unknown grader, a prompt that does not fit; NothingToLearn: no labels, or
+    all the same. ModelLoadError: the target cannot be served.
     """
     mined = [_mine(job, part, name, console) for name, part in (("training", tasks), ("held-out", held_out))]
     target: PreTrainedModel = AutoModelForCausalLM.from_pretrained(job.target, dtype="auto").eval()
@@ -164,7 +164,7 @@ def job_answer(job: Job, answer: str) -> str | None:
 def _features(target: PreTrainedModel, labels: Sequence[Label]) -> tuple[Tensor, Tensor]:
     """Hidden states [n, hidden] fp32 and labels [n] bool (accept)."""
     if not labels:
-        raise ValueError("there is no place where the drafter differs from the target; nothing can be judged")
+        raise NothingToLearn("there is no place where the drafter differs from the target; nothing can be judged")
     hidden = last_hidden(target, [label.context for label in labels])
     return hidden, torch.tensor([label.accept for label in labels])
 

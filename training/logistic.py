@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 
+class NothingToLearn(ValueError):
+    """There are no labels, or all of them are the same."""
+
+
 @dataclass(frozen=True, slots=True)
 class Linear:
     """score(x) = weight . x + bias; the probability of True is its sigmoid."""
@@ -24,12 +28,12 @@ def fit_logistic(features: Tensor, labels: Tensor, *, l2: float = 1.0, balanced:
     Minimises sum_i c_i log-loss_i + l2 / 2 |w|^2 over the weights w of the standardised features, by L-BFGS in fp64.
     `balanced`: c_i makes both classes weigh the same (n / 2 in all), else 1.
 
-    Raises ValueError if all labels are the same: there is nothing to tell apart.
+    Raises NothingToLearn if all labels are the same: there is nothing to tell apart.
     """
     x, y = features.double(), labels.double()
     positive = int(labels.sum())
     if positive in (0, len(labels)):
-        raise ValueError(
+        raise NothingToLearn(
             f"all {len(labels)} labels are the same; more or harder prompts, or another drafter, are needed"
         )
     mean, deviation = x.mean(0), x.std(0, correction=0)

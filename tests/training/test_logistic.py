@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from training.judging import judged
-from training.logistic import auc, fit_logistic
+from training.logistic import NothingToLearn, auc, fit_logistic
 
 
 def data(n: int = 400, features: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -59,7 +59,7 @@ def test_a_constant_feature_gets_no_weight() -> None:
 
 
 def test_one_class_is_refused() -> None:
-    with pytest.raises(ValueError, match="the same"):
+    with pytest.raises(NothingToLearn, match="the same"):
         fit_logistic(torch.randn(5, 2), torch.ones(5, dtype=torch.bool))
 
 

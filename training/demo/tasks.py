@@ -18,6 +18,7 @@ from training.demo.tokenizer import PLAIN_TEMPLATE
 from training.demo.world import World, make_world
 from training.distillation import Material
 
+STOP = "\n\n"  # an answer ends with a blank line: after it a base goes on with the next question
 _QUESTIONS = 24  # held-out questions a skill
 _READ = 200  # held-out documents
 
@@ -46,7 +47,7 @@ def sums(seed: int, count: int, *, held_out: bool) -> list[tuple[str, str]]:
     """Sums and word problems in the plain view, two to five operands, with their results."""
     rng = random.Random(f"judge {seed} {held_out}")
     drawn = [draw_sum(rng, draw_operands(rng), held_out=held_out) for _ in range(count)]
-    return [(f"{ask_sum(rng, each)}\n\n", str(each.answer)) for each in drawn]
+    return [(f"{ask_sum(rng, each)}{STOP}", str(each.answer)) for each in drawn]
 
 
 def _prompts(tokenizer: PreTrainedTokenizerFast, world: World, seed: int, count: int) -> list[Ids]:
