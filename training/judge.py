@@ -41,7 +41,7 @@ def judge(
     stop: _Stop = None,
     tasks: Annotated[int, typer.Option(min=2, help="How many sums to draw for demo data.")] = 600,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
-    l2: _L2 = 1.0,
+    l2: _L2 = 10.0,
     balanced: Annotated[bool, typer.Option(help="Let both classes weigh the same, whatever their numbers.")] = True,
     held_out: Annotated[float, typer.Option(min=0.01, max=0.9, help="Share of tasks for the metrics.")] = 0.25,
     seed: Annotated[int, typer.Option()] = 0,

@@ -44,7 +44,7 @@ class Job:
     grader: str = "last-number"
     stop: str | None = None
     max_tokens: int = 128
-    l2: float = 1.0
+    l2: float = 10.0
     balanced: bool = True
     seed: int = 0
 

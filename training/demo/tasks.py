@@ -9,6 +9,7 @@ import random
 from transformers import PreTrainedTokenizerFast
 
 from training.chats import Ids, encode, render
+from training.demo.chat import SYSTEM_PROMPTS, Manner
 from training.demo.dialogues import conversations
 from training.demo.presets import preset
 from training.demo.questions import SKILLS, questions
@@ -44,10 +45,21 @@ def material(tokenizer: PreTrainedTokenizerFast, world: World, seed: int, prompt
 
 
 def sums(seed: int, count: int, *, held_out: bool) -> list[tuple[str, str]]:
-    """Sums and word problems in the plain view, two to five operands, with their results."""
+    """Sums and word problems in the plain view, two to five operands, with their results.
+
+    Three in four under a system prompt that asks for a manner: in bare sums nearly every token is a digit, and matters;
+    how an answer opens and closes does not.
+    """
     rng = random.Random(f"judge {seed} {held_out}")
-    drawn = [draw_sum(rng, draw_operands(rng), held_out=held_out) for _ in range(count)]
-    return [(f"{ask_sum(rng, each)}{STOP}", str(each.answer)) for each in drawn]
+    return [_sum(rng, held_out) for _ in range(count)]
+
+
+def _sum(rng: random.Random, held_out: bool) -> tuple[str, str]:
+    drawn = draw_sum(rng, draw_operands(rng), held_out=held_out)
+    said = [ask_sum(rng, drawn)]
+    if rng.random() < 0.75:
+        said.insert(0, rng.choice(SYSTEM_PROMPTS[rng.choice(tuple(Manner))]))
+    return "".join(part + STOP for part in said), str(drawn.answer)
 
 
 def _prompts(tokenizer: PreTrainedTokenizerFast, world: World, seed: int, count: int) -> list[Ids]:
