@@ -29,7 +29,7 @@ def draft(shop: Workshop, base: Report) -> Report:
     plan, made = shop.preset.drafter, shop.member(DRAFTER)
 
     def make() -> Report:
-        job = Job(shop.member(BASE), plan.shape, made, "kl", plan.recipe, plan.reading)
+        job = Job(shop.member(BASE), plan.shape, made, "lk", plan.recipe, plan.reading)
         read = material(read_tokenizer(shop.member(BASE)), shop.world, shop.seed, plan.prompts, plan.texts)
         card = distil(job, read, shop.console)
         shutil.rmtree(made / "work")
