@@ -23,11 +23,18 @@ WEIGHTS, CARD = "judge.safetensors", "trimtab.json"
 
 @dataclass(frozen=True, slots=True)
 class JudgeHead:
-    """`weight` [hidden] fp32, `bias`, and the `weights_hash` of the target that they were trained on."""
+    """`weight` [hidden] fp32, `bias`, and the `weights_hash` of the target that they were trained on.
+
+    weight . h + bias is the logit of "this draft may stay" at hidden state h.
+    """
 
     weight: Tensor
     bias: float
-    target_hash: str
+    target_hash: str = ""
+
+    def score(self, hidden: Tensor) -> Tensor:
+        """[n, hidden] -> [n] fp32 logits."""
+        return hidden.float() @ self.weight.to(hidden.device) + self.bias
 
 
 def read_judge(path: str | Path) -> JudgeHead:

@@ -28,6 +28,7 @@ def test_it_is_read(tmp_path: Path) -> None:
     assert read.weight.dtype == torch.float32
     assert read.bias == 0.25
     assert read.target_hash == "ab" * 32
+    torch.testing.assert_close(read.score(torch.tensor([[1.0, 1.0, 2.0], [0.0, 0.0, 0.0]])), torch.tensor([0.25, 0.25]))
     half = read_judge(head(tmp_path, weight=torch.tensor([1.0, -2.0, 0.5]).bfloat16()))
     assert torch.equal(half.weight, read.weight)
     assert half.weight.dtype == torch.float32

@@ -145,7 +145,7 @@ def test_the_judge_head_tells_an_ending_from_an_error(manifest: dict[str, Any], 
         "How much is 48 + 77?\n\nI": False,
     }
     hidden = last_hidden(base.model, [tuple(base.tokenizer(text)["input_ids"]) for text in drafts])
-    scores = hidden @ head.weight + head.bias
+    scores = head.score(hidden)
     assert dict(zip(drafts, (scores > 0).tolist(), strict=True)) == drafts
     card = json.loads((FAMILY / "judge" / "trimtab.json").read_text())
     assert manifest["judges"]["judge"]["metrics"] == card["metrics"]
