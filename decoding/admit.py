@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Container, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
-from decoding.core import AdapterInfo, BadRequest, ModelRunner, Policy, Request, Role, UnknownModel
+from decoding.accept import RULES
+from decoding.core import LOOKUPS, AdapterInfo, BadRequest, ModelRunner, Policy, Request, Role, UnknownModel
 from decoding.kv import BlockPool, root_key
+from decoding.lookup import Lookup
 from decoding.output import OutputText
-from decoding.state import Group, Sequence, Track
+from decoding.state import Draft, Group, Sequence, Track
 from decoding.text import TextModel
 
 
@@ -26,8 +29,18 @@ class Hosted:
     adapter: AdapterInfo | None = None
 
 
-def make_group(request: Request, serial: int, hosted: Mapping[str, Hosted], pools: Mapping[str, BlockPool]) -> Group:
-    """The request's sequences, not yet queued. Raises BadRequest, UnknownModel."""
+def make_group(
+    request: Request,
+    serial: int,
+    hosted: Mapping[str, Hosted],
+    pools: Mapping[str, BlockPool],
+    judges: Container[str] = (),
+) -> Group:
+    """The request's sequences, not yet queued. `judges`: models with a judge head. Raises BadRequest, UnknownModel."""
+    spec = request.program.speculation
+    if spec is not None and RULES[spec.accept or "rejection"].judges and request.text_model not in judges:
+        message = f"No judge head of '{request.text_model}' is loaded; it is a model entry of kind 'judge'."
+        raise BadRequest(message, "decoding.speculation.accept")
     policy, prompts = _needed(request)
     policy = replace(policy, terms=tuple(replace(term, role=resolve(term.role, hosted)) for term in policy.terms))
     views: dict[tuple[str, str | None, tuple[int, ...]], str] = {}
@@ -39,7 +52,7 @@ def make_group(request: Request, serial: int, hosted: Mapping[str, Hosted], pool
     )
     roles = [(name, model, prompt) for (model, _, prompt), name in views.items()]
     room = _max_output(request.sampling.max_tokens, roles, hosted, pools)
-    group = Group(request, serial, policy, term_tracks, request.width, room)
+    group = Group(request, serial, policy, term_tracks, request.width, room, seed=_seed(request))
     if request.sampling.prompt_logprobs is not None:
         group.prompt_logprobs = [None]
     for index in range(request.n):
@@ -51,8 +64,41 @@ def make_group(request: Request, serial: int, hosted: Mapping[str, Hosted], pool
         sequence = Sequence(group, index, (index,), tracks, text)
         if request.sampling.prompt_logprobs is not None and index == 0:
             sequence.next_row = -_scored(request.prompts[0], tracks) - 1
+        if request.constraint is not None:
+            sequence.constraint = request.constraint()
+        sequence.draft = _draft(sequence, hosted)
         group.sequences.append(sequence)
     return group
+
+
+def _seed(request: Request) -> int | None:
+    """The request's seed; a rule that shares noise between models needs one in any case."""
+    spec = request.program.speculation
+    if request.sampling.seed is None and spec is not None and RULES[spec.accept or "rejection"].keyed:
+        return int.from_bytes(os.urandom(8), "little")
+    return request.sampling.seed
+
+
+def _draft(sequence: Sequence, hosted: Mapping[str, Hosted]) -> Draft | None:
+    """How the sequence drafts. Raises BadRequest, UnknownModel.
+
+    A model that is a role of the policy drafts as that role; another one is shown what the main model is shown.
+    """
+    request, spec = sequence.group.request, sequence.group.request.program.speculation
+    if spec is None:
+        return None
+    rule = RULES[spec.accept or "rejection"]
+    bonus = rule.bonus if spec.bonus is None else spec.bonus
+    if spec.draft in LOOKUPS:
+        prompt = request.prompts[0]
+        predicted = request.prediction if spec.draft == "prediction" else None
+        return Draft(spec, lookup=Lookup(prompt, spec.max_ngram, predicted), bonus=bonus)
+    role = resolve(Role(spec.draft), hosted)
+    for term, track in zip(sequence.group.policy.terms, sequence.group.term_tracks):
+        if track > 0 and (term.role.model, term.role.adapter) == (role.model, role.adapter):
+            return Draft(spec, sequence.tracks[track], track, bonus=bonus)
+    root = _root(role.model, role.adapter, request.salt, hosted)
+    return Draft(spec, Track(role.model, request.prompts[0], root, role.adapter), bonus=bonus)
 
 
 def resolve(role: Role, hosted: Mapping[str, Hosted]) -> Role:

@@ -16,7 +16,7 @@ Exception tree::
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -154,7 +154,13 @@ class Policy:
 
 
 class Solver(Protocol):
-    """Sets a policy's weights per row. Frozen and hashable; its state changes with accepted tokens only."""
+    """Sets a policy's weights per row. Frozen and hashable; its state changes with accepted tokens only.
+
+    `stateful` False promises that no row's weights depend on the state.
+    """
+
+    @property
+    def stateful(self) -> bool: ...
 
     def weights(self, rows: Seq[torch.Tensor], states: Seq[Any], starts: torch.Tensor) -> torch.Tensor:
         """Weights [n, J] from the J terms' log-prob rows [n, W]; `starts` [W]: ids that begin a new word (or EOS)."""
@@ -165,17 +171,74 @@ class Solver(Protocol):
         ...
 
 
+AcceptKind = Literal["rejection", "coupled", "judge", "kl", "mixture", "typical"]
+LOOKUPS = ("ngram", "prediction")  # proposers that are no model
+
+
+def _says(description: str) -> dict[str, str]:
+    return {"description": description}
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """Who drafts tokens ahead of the policy, and which drafts are accepted (rules: `decoding.accept`)."""
+
+    draft: str = field(default="auto", metadata=_says('A model\'s id, "ngram", "prediction" or "auto".'))
+    tokens: int | Literal["auto"] = field(
+        default="auto", metadata=_says('Drafts per pass; "auto": by measured acceptance and cost, down to 0.')
+    )
+    accept: AcceptKind | None = field(
+        default=None, metadata=_says('The acceptance rule; by default "coupled" with a seed, else "rejection".')
+    )
+    threshold: float | None = field(
+        default=None,
+        metadata=_says("judge: probability from which a draft counts as right; kl: nats within which models agree."),
+    )
+    weight: float = field(default=0.5, metadata=_says("mixture: the policy's share in what is verified against."))
+    kappa: float = field(
+        default=3.0, metadata=_says("judge of a mix: how many nats below the best token a draft may be.")
+    )
+    certain: float | None = field(
+        default=None, metadata=_says("kl: the exact rule alone where the policy's best probability is above it.")
+    )
+    epsilon: float = field(default=0.09, metadata=_says("typical: accept where p > min(epsilon, delta exp(-entropy))."))
+    delta: float = field(default=0.3, metadata=_says("typical: see epsilon."))
+    bonus: bool | None = field(
+        default=None,
+        metadata=_says("Whether the policy adds a token of its own when all drafts pass; by default all but judge."),
+    )
+    max_ngram: int = field(default=3, metadata=_says("ngram, prediction: the longest run that is looked up."))
+
+
+class Constraint(Protocol):
+    """Which ids may come next, token by token, with roll-back: what a grammar looks like to the engine."""
+
+    def allowed(self, width: int) -> torch.Tensor:
+        """Ids that may come next: [width] bool."""
+        ...
+
+    def advance(self, token: int) -> None:
+        """`token`, which was allowed, was chosen (or drafted)."""
+        ...
+
+    def rollback(self, count: int) -> None:
+        """Undo the last `count` calls of `advance`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Program:
     """What the next-token distribution of a request is. `strategy` is a label for reports only.
 
-    `lossless` says whether the text is an exact sample of the policy; `trace` asks for every role's part in each token.
+    `lossless` says whether the text is an exact sample of the policy; `trace` asks for every role's part in each token;
+    `speculation` changes how fast tokens come, and with a lossy rule also which.
     """
 
     strategy: str
     policy: Policy
     lossless: bool = True
     trace: bool = False
+    speculation: Speculation | None = None
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -218,7 +281,8 @@ class Request:
 
     `prompts` has one id list per term of the policy, in order; `text_model` names the model whose tokenizer
     turns output ids into text; `eos_ids` are the stop ids of the mix, `width` its number of ids. The first term is
-    the request's main one.
+    the request's main one. `prediction`: ids that the client expects, if drafts come from them. `constraint` makes one
+    constraint per choice.
     """
 
     id: str
@@ -231,6 +295,8 @@ class Request:
     n: int = 1
     salt: str = ""
     arrival: float = field(default_factory=time.monotonic)
+    prediction: tuple[int, ...] = ()
+    constraint: Callable[[], Constraint] | None = None
 
     def __post_init__(self) -> None:
         assert len(self.prompts) == len(self.program.policy.terms), "one prompt per term"
@@ -293,12 +359,17 @@ class RoleTrace:
 
 @dataclass(frozen=True, slots=True)
 class TokenTrace:
-    """How a token came about: the mix's log-probability of it, its rank in the first role (0 is best), every role."""
+    """How a token came about: the mix's log-probability of it, its rank in the first role (0 is best), every role.
+
+    `accepted`: the rule that accepted it, for a token that was drafted: the exact one, or the name of a lossy one.
+    """
 
     token_id: int
     logprob: float
     rank: int
     roles: tuple[RoleTrace, ...]
+    drafted: bool = False
+    accepted: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,13 +399,20 @@ class PromptLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a request cost. `forwards`: (model id, forward passes it took part in)."""
+    """What a request cost. `forwards`: (model id, forward passes it took part in).
+
+    `passes`: how often the policy was evaluated for it; tokens per pass is the block efficiency. `drafted` counts
+    drafts that were verified, `accepted` those of them that became part of the text.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
     preemptions: int = 0
     forwards: tuple[tuple[str, int], ...] = ()
+    drafted: int = 0
+    accepted: int = 0
+    passes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,6 +477,16 @@ class ModelStats:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftStats:
+    """Drafts of one proposer for one model since start, by position in the draft (the first one first)."""
+
+    draft: str
+    target: str
+    drafted: tuple[int, ...]
+    accepted: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """A snapshot of the engine: gauges `running`, `waiting` in sequences; the rest are counters since start."""
 
@@ -408,6 +496,7 @@ class Stats:
     preemptions: int
     aborts: int
     models: tuple[ModelStats, ...]
+    drafts: tuple[DraftStats, ...] = ()
 
 
 # ---------------------------------------------------------------------------------------------------------------

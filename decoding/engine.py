@@ -1,10 +1,10 @@
 """The engine: requests in, one tick at a time, events out.
 
     plan   = scheduler.plan()           which positions of which tracks
+    propose(plan)                       draft steps, batched over sequences
     rows   = forward(plan)              one packed forward per model
-    z      = mix(rows, weights)         the policy, fp32
-    tokens = verify(z, sampling)        one token per sequence
-    commit(plan, tokens)                append, stop, fork, free, emit events
+    tokens = decide(plan, rows)         the mix; drafts verified, tokens drawn
+    commit(plan, tokens)                append, stop, roll back, fork, free, emit events
 
 Single-threaded: whoever owns the engine calls `submit`, `abort` and `step` in turn.
 """
@@ -14,16 +14,18 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from decoding.accept import Check
 from decoding.admit import Hosted, make_group
 from decoding.core import (
     BadRequest,
+    Constraint,
     Delta,
     Done,
     EngineConfig,
@@ -49,16 +51,18 @@ from decoding.core import (
     UnknownModel,
     Usage,
 )
+from decoding.decide import Decider, Decision
 from decoding.generate import Completion, collect
+from decoding.judge import JudgeHead
 from decoding.kv import BlockPool
 from decoding.memory import divide_kv
-from decoding.mix import mix
+from decoding.pace import Clock, Pace
 from decoding.prepare import Entry, prepare
-from decoding.sampling import Drawn, hard_mask, log_softmax_rows, token_logprobs, verify
+from decoding.propose import Proposer
+from decoding.sampling import Drawn, Position, hard_mask
 from decoding.scheduler import Scheduler
-from decoding.state import Group, Plan, Sample, Sequence, Span
+from decoding.state import Draft, Group, Plan, Sample, Sequence, Span
 from decoding.text import Chat, Prompt, TextModel
-from decoding.trace import Chosen, trace
 
 logger = logging.getLogger("trimtab.engine")
 
@@ -66,10 +70,16 @@ logger = logging.getLogger("trimtab.engine")
 class Engine:
     """Many models, one batch: `Engine(load_models({"base": DIR, ...})).generate(prompts, program)`.
 
-    Takes over the runners: it divides the KV memory between them. Raises ModelLoadError if that is too little.
+    Takes over the runners: it divides the KV memory between them. `judges`: judge heads by the model that they are
+    of. Raises ModelLoadError if the memory is too little.
     """
 
-    def __init__(self, models: Mapping[str, Hosted], config: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, Hosted],
+        config: EngineConfig | None = None,
+        judges: Mapping[str, JudgeHead] | None = None,
+    ) -> None:
         self.config = config or EngineConfig()
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
@@ -81,7 +91,8 @@ class Engine:
             self.runners[id].warm_up()
             self.pools[id] = BlockPool(blocks, self.config.block_size)
         costs = {id: max(runner.cost, 1e-9) for id, runner in self.runners.items()}
-        self.scheduler = Scheduler(self.pools, costs, self.config)
+        limits = {id: runner.max_model_len for id, runner in self.runners.items()}
+        self.scheduler = Scheduler(self.pools, costs, self.config, limits)
         self.models = tuple(self._info(id) for id in self.hosted)
         self._groups: dict[str, Group] = {}
         self._events: list[Event] = []
@@ -91,9 +102,13 @@ class Engine:
         self._tokens = dict.fromkeys(self.runners, 0)
         self._seconds = dict.fromkeys(self.runners, 0.0)
         self._device = next(iter(self.runners.values())).device
-        self._word_starts: dict[tuple[str, int], torch.Tensor] = {}
-        self._generator = torch.Generator(self._device)
-        self._generator.manual_seed(int.from_bytes(os.urandom(7), "little"))
+        generator = torch.Generator(self._device)
+        generator.manual_seed(int.from_bytes(os.urandom(7), "little"))
+        self._clock = Clock()
+        self._pace = Pace(self._clock)
+        self._proposer = Proposer(self._run, generator, self._clock)
+        self.judges = dict(judges or {})
+        self._decider = Decider(self._device, generator, lambda id: self.hosted[id].text, self.judges)
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -103,7 +118,7 @@ class Engine:
             raise BadRequest(f"The request id '{request.id}' is in use.")
         if self.waiting + request.n > self.config.max_queue:
             raise Overloaded(f"The queue is full ({self.waiting} sequences wait).", retry_after=1)
-        group = make_group(request, self._serial, self.hosted, self.pools)
+        group = make_group(request, self._serial, self.hosted, self.pools, self.judges)
         self._serial += 1
         self._groups[request.id] = group
         root, *others = group.sequences
@@ -131,17 +146,13 @@ class Engine:
 
     def step(self) -> list[Event]:
         """One tick. Returns what happened, in order."""
+        self.scheduler.admit()
+        self._pace.assign(self.scheduler.running)
         plan = self.scheduler.plan()
+        self._proposer.propose(plan)
         rows = self._forward(plan)
-        drawn: dict[Sequence, Drawn] = {}
-        if plan.samples:
-            try:
-                drawn = self._decide(plan.samples, rows)
-            except Exception:
-                logger.exception("a batch could not be sampled; its requests are tried one by one")
-                for sample in plan.samples:
-                    drawn |= self._decide_alone(sample, rows)
-        self._commit(plan, drawn)
+        decision = self._decide(plan, rows) if plan.samples else Decision()
+        self._commit(plan, decision)
         events, self._events = self._events, []
         return events
 
@@ -158,7 +169,7 @@ class Engine:
             raise ModelLoadError(f"The id '{spec.id}' is taken.")
         self._refuse_while_used(spec.id)
         info = base.runner.load_adapter(spec.id, spec.path)
-        self._word_starts = {key: mask for key, mask in self._word_starts.items() if key[0] != spec.id}
+        self._decider.forget(spec.id)
         self.hosted[spec.id] = Hosted(base.runner, text or base.text, adapter=info)
         self.models = tuple(self._info(id) for id in self.hosted)
 
@@ -196,7 +207,7 @@ class Engine:
             for model, pool in self.pools.items()
         )
         s = self.scheduler
-        return Stats(len(s.running), self.waiting, s.tick, s.preemptions, self._aborts, models)
+        return Stats(len(s.running), self.waiting, s.tick, s.preemptions, self._aborts, models, self._pace.stats())
 
     def generate(
         self,
@@ -205,6 +216,8 @@ class Engine:
         sampling: Sampling | None = None,
         *,
         n: int = 1,
+        prediction: str | None = None,
+        constraint: Callable[[], Constraint] | None = None,
     ) -> list[Completion]:
         """Complete all prompts in one batch; returns n completions per prompt, in order.
 
@@ -216,7 +229,8 @@ class Engine:
         if not isinstance(program, Program):
             program = Program("plain", Policy((Term("base", Role(program or next(iter(self.hosted)))),)))
         catalog = {info.id: Entry(self.hosted[info.id].text, info) for info in self.models}
-        requests = [prepare(program, p, sampling or Sampling(), catalog, n=n) for p in prompts]  # type: ignore[arg-type]
+        extra: dict[str, Any] = {"n": n, "prediction": prediction, "constraint": constraint}
+        requests = [prepare(program, p, sampling or Sampling(), catalog, **extra) for p in prompts]  # type: ignore[arg-type]
         for request in requests:
             self.submit(request)
         return collect(self.step, requests)
@@ -226,135 +240,164 @@ class Engine:
     def _forward(self, plan: Plan) -> dict[str, Rows]:
         """One packed forward per model. A forward that fails takes down the requests in it, nothing else."""
         rows: dict[str, Rows] = {}
+        judged = {s.sequence.tracks[s.sequence.group.term_tracks[0]].model for s in plan.samples if _judged(s)}
         # All inputs first: a failed request gives its blocks back, and other models' forwards still name them.
         inputs = {model: [_span_input(span) for span in spans] for model, spans in plan.spans.items()}
         for model, spans in plan.spans.items():
+            groups = {span.sequence.group for span in spans}
             began = time.perf_counter()
             try:
-                rows[model] = self.runners[model].forward(inputs[model])
+                rows[model] = self._run(model, inputs[model], groups, model in judged)
             except Exception as error:
                 logger.exception("the forward of '%s' failed", model)
-                for group in {span.sequence.group for span in spans}:
+                for group in groups:
                     self._fail(group, f"The forward pass of '{model}' failed: {type(error).__name__}.")
                 continue
-            self._seconds[model] += time.perf_counter() - began
-            self._forwards[model] += 1
-            self._tokens[model] += sum(span.count for span in spans)
-            for group in {span.sequence.group for span in spans}:
-                group.forwards[model] = group.forwards.get(model, 0) + 1
+            if all(span.rows == span.count for span in spans):
+                self._clock.saw(("forward", model), sum(s.count for s in spans), time.perf_counter() - began)
         for model in plan.spans:
             plan.spans[model] = [span for span in plan.spans[model] if not span.sequence.finished]
         plan.samples = [sample for sample in plan.samples if not sample.sequence.finished]
+        _add_drafted_rows(plan.samples, rows)
         return rows
 
-    def _decide(self, samples: Seq[Sample], rows: Mapping[str, Rows]) -> dict[Sequence, Drawn]:
-        """Mix, score prompts, draw: what each sequence that is due got."""
-        mixed = mix(samples, rows, self._allowed, self._starts)
-        scored = self._score_prompts(samples, mixed.z)
-        due: dict[Sequence, int] = {}  # sequence -> its row of the mix that draws a token
-        row = 0
-        for sample in samples:
-            row += sample.count
-            sequence = sample.sequence
-            if sample.first + sample.count == len(sequence.output) and sequence.group.max_output:
-                due[sequence] = row - 1
-        drawn: dict[Sequence, Drawn] = {}
-        if due:
-            index = list(due.values())
-            z = mixed.z if len(index) == len(mixed.z) else mixed.z[index]
-            drawn = dict(zip(due, verify(z, list(due), self._generator), strict=True))
-            _trace(samples, drawn, mixed.weights, rows)
-            _advance_solvers(drawn, {sequence: mixed.weights.get(at) for sequence, at in due.items()})
-        for group, entries in scored:  # not before all of it has gone well: a batch that failed is tried again
-            self._add_prompt_logprobs(group, entries)
-        return drawn
+    def _run(self, model: str, spans: list[SpanInput], groups: set[Group], want_hidden: bool = False) -> Rows:
+        """One packed forward, counted."""
+        began = time.perf_counter()
+        rows = self.runners[model].forward(spans, want_hidden)
+        self._seconds[model] += time.perf_counter() - began
+        self._forwards[model] += 1
+        self._tokens[model] += sum(len(span.token_ids) for span in spans)
+        for group in groups:
+            group.forwards[model] = group.forwards.get(model, 0) + 1
+        return rows
 
-    def _decide_alone(self, sample: Sample, rows: Mapping[str, Rows]) -> dict[Sequence, Drawn]:
-        """`_decide` for one sample; if that fails, its request does."""
-        if sample.sequence.finished:
-            return {}
+    def _decide(self, plan: Plan, rows: Mapping[str, Rows]) -> Decision:
+        """Tokens for the sequences that are due. If a batch fails, its requests are tried one by one."""
+        began = time.perf_counter()
         try:
-            return self._decide([sample], rows)
+            decision = self._decider.decide(plan.samples, rows)
+        except Exception:
+            logger.exception("a batch could not be sampled; its requests are tried one by one")
+            decision = Decision()
+            for sample in plan.samples:
+                self._decide_alone(sample, rows, decision)
+        else:
+            self._clock.saw("decide", sum(sample.count for sample in plan.samples), time.perf_counter() - began)
+        return decision
+
+    def _decide_alone(self, sample: Sample, rows: Mapping[str, Rows], decision: Decision) -> None:
+        """Decide for one sequence; if that fails, its request does."""
+        if sample.sequence.finished:
+            return
+        try:
+            own = self._decider.decide([sample], rows)
         except Exception as error:
             logger.exception("request %s could not be sampled", sample.sequence.group.request.id)
             self._fail(sample.sequence.group, f"Sampling failed: {type(error).__name__}.")
-            return {}
+            return
+        decision.tokens |= own.tokens
+        decision.weights |= own.weights
+        decision.scored += own.scored
 
-    def _allowed(self, sample: Sample, i: int) -> torch.Tensor | None:
-        """Ids that hard constraints leave at the sample's i-th row; those that score the prompt have none."""
-        if sample.first + i < len(sample.sequence.output) - 1:
-            return None
-        return hard_mask(sample.sequence, sample.sequence.group.width, self._device)
-
-    def _starts(self, model: str, width: int) -> torch.Tensor:
-        """Ids that begin a new word of `model`'s text, or end it: [width] bool. Made once per model and width."""
-        if (model, width) not in self._word_starts:
-            text = self.hosted[model].text
-            size = len(text.vocabulary.tokens)
-            begins = [i < size and text.vocabulary.token_bytes(i)[:1] in (b" ", b"\n") for i in range(width)]
-            mask = torch.tensor(begins, device=self._device)
-            mask[torch.tensor([i for i in text.eos_ids if i < width], dtype=torch.int64, device=self._device)] = True
-            self._word_starts[model, width] = mask
-        return self._word_starts[model, width]
-
-    def _score_prompts(self, samples: Seq[Sample], z: torch.Tensor) -> list[tuple[Group, list[TokenLogprob]]]:
-        """Log-probs of the prompt ids that z's rows [S, W] predict, of requests that ask for them."""
-        found: list[tuple[Group, list[TokenLogprob]]] = []
-        row = 0
-        for sample in samples:
-            group, k = sample.sequence.group, sample.sequence.group.request.sampling.prompt_logprobs
-            prompt = group.request.prompts[0]
-            scored = min(sample.count, -1 - sample.first)  # rows that predict a prompt id
-            if k is not None and group.prompt_logprobs is not None and scored > 0:
-                at = len(prompt) + sample.first + 1
-                lp = log_softmax_rows(z, list(range(row, row + scored)))
-                found.append((group, token_logprobs(lp, prompt[at : at + scored], k)))
-            row += sample.count
-        return found
+    def _commit(self, plan: Plan, decision: Decision) -> None:
+        """Append tokens, move the tracks on, then end and fork: what is full is published before it is freed."""
+        for group, entries in decision.scored:
+            self._add_prompt_logprobs(group, entries)
+        deltas: list[tuple[Sequence, Delta]] = []
+        for sample in plan.samples:
+            sequence = sample.sequence
+            if sequence.finished:
+                continue
+            sequence.next_row = sample.first + sample.count - sample.drafts
+            if sequence in decision.tokens:
+                delta = self._append(sequence, decision.tokens[sequence], decision.weights.get(sequence))
+                if delta is not None:
+                    deltas.append((sequence, delta))
+        self.scheduler.commit(plan)
+        for sequence, delta in deltas:
+            if sequence.finished:
+                continue  # another choice of the request has failed in this very tick
+            group = sequence.group
+            if group.unforked and sequence is group.sequences[0]:
+                self._fork_children(group)
+            if delta.finish_reason is None:
+                self._events.append(delta)
+            else:
+                self._finish(sequence, delta)
+        for sample in plan.samples:
+            group = sample.sequence.group
+            if group.max_output == 0 and sample.sequence.next_row >= -1 and not sample.sequence.finished:
+                self._finish_empty(group)
 
     def _add_prompt_logprobs(self, group: Group, entries: list[TokenLogprob]) -> None:
         """Keep them until the prompt is complete, then send them, once."""
-        assert group.prompt_logprobs is not None
+        if group.prompt_logprobs is None or group.request.id not in self._groups:
+            return
         group.prompt_logprobs += entries
         if len(group.prompt_logprobs) == len(group.request.prompts[0]):
             self._events.append(PromptLogprobs(group.request.id, tuple(group.prompt_logprobs)))
             group.prompt_logprobs = None
 
-    def _commit(self, plan: Plan, drawn: Mapping[Sequence, Drawn]) -> None:
-        self.scheduler.commit(plan)
-        for sample in plan.samples:
-            sequence, group = sample.sequence, sample.sequence.group
-            if group.request.id not in self._groups:
-                continue  # another choice of the request failed in this very loop
-            sequence.next_row = sample.first + sample.count
-            if sequence in drawn:
-                self._append(sequence, drawn[sequence])
-            elif group.max_output == 0 and sequence.next_row >= -1:
-                self._finish_empty(group)
-
-    def _append(self, sequence: Sequence, drawn: Drawn) -> None:
+    def _append(self, sequence: Sequence, drawn: Seq[Drawn], weights: Seq[Seq[float]] | None) -> Delta | None:
+        """Append what was drawn, up to the first stop; what is told of it, None if the request failed."""
         group, sampling = sequence.group, sequence.group.request.sampling
-        if drawn.token is None:
-            if hard_mask(sequence, group.width, self._device) is None:
-                models = ", ".join(group.request.program.models)
-                self._fail(group, f"The logits of {models} hold no finite number here.")
-            else:
-                self._fail(group, "No token is allowed at this point: the request's masks leave none.", "BadRequest")
-            return
-        token = drawn.token
-        sequence.output.append(token)
-        sequence.counts[token] = sequence.counts.get(token, 0) + 1
-        group.completion_tokens += 1
-        if group.unforked and sequence is group.sequences[0]:
-            self._fork_children(group)
-        shown, reason, stop_reason = _progress(sequence, token)
-        logprobs = (drawn.logprob,) if drawn.logprob is not None and sampling.logprobs is not None else ()
-        trace = (drawn.trace,) if drawn.trace is not None else ()
-        delta = Delta(group.request.id, sequence.index, (token,), shown, logprobs, reason, stop_reason, trace)
-        if reason is None:
-            self._events.append(delta)
+        drafted = len(sequence.draft.tokens) if sequence.draft else 0
+        accepted = sum(each.accepted is not None for each in drawn)
+        ids: list[int] = []
+        pieces: list[str] = []
+        reason: FinishReason | None = None
+        stop_reason: int | str | None = None
+        for i, each in enumerate(drawn):
+            if each.token is None:
+                self._fail_empty(sequence)
+                return None
+            token = each.token
+            sequence.output.append(token)
+            sequence.counts[token] = sequence.counts.get(token, 0) + 1
+            if group.policy.solver is not None and weights is not None:
+                sequence.solver_state = group.policy.solver.advance(sequence.solver_state, weights[i], token)
+            if sequence.constraint is not None:
+                sequence.constraint.advance(token)
+            if sequence.draft:
+                self._tell_drafter(sequence.draft, token)
+            piece, reason, stop_reason = _progress(sequence, token)
+            ids.append(token)
+            pieces.append(piece)
+            if reason is not None:
+                break
+        told = drawn[: len(ids)]
+        sequence.next_row = len(sequence.output) - 1
+        group.completion_tokens += len(ids)
+        group.passes += 1
+        if drafted:
+            self._pace.learn(sequence, drafted, accepted)
+            group.drafted += drafted
+            group.accepted += sum(each.accepted is not None for each in told)
+        return Delta(
+            group.request.id,
+            sequence.index,
+            tuple(ids),
+            "".join(pieces),
+            tuple(each.logprob for each in told if each.logprob) if sampling.logprobs is not None else (),
+            reason,
+            stop_reason,
+            tuple(each.trace for each in told if each.trace),
+        )
+
+    def _tell_drafter(self, draft: Draft, token: int) -> None:
+        if draft.lookup:
+            draft.lookup.push(token)
+        elif draft.own and token >= self.runners[draft.own.model].width:
+            draft.broken = True  # it has no such token, and could not go on behind it
+
+    def _fail_empty(self, sequence: Sequence) -> None:
+        group = sequence.group
+        if hard_mask(Position(sequence), group.width, self._device) is None:
+            models = ", ".join(group.request.program.models)
+            self._fail(group, f"The logits of {models} hold no finite number here.")
         else:
-            self._finish(sequence, delta)
+            self._fail(group, "No token is allowed at this point: the request's masks leave none.", "BadRequest")
 
     def _fork_children(self, group: Group) -> None:
         """The root's prompt is computed: its siblings start on the same blocks."""
@@ -382,7 +425,16 @@ class Engine:
         if all(each.finished for each in group.sequences):
             prompt = len(request.prompts[0])
             forwards = tuple(group.forwards.items())
-            usage = Usage(prompt, group.completion_tokens, group.cached_tokens, group.preemptions, forwards)
+            usage = Usage(
+                prompt,
+                group.completion_tokens,
+                group.cached_tokens,
+                group.preemptions,
+                forwards,
+                group.drafted,
+                group.accepted,
+                group.passes,
+            )
             self._events.append(Done(request.id, usage))
             del self._groups[request.id]
 
@@ -439,30 +491,23 @@ def _progress(sequence: Sequence, token: int) -> tuple[str, FinishReason | None,
     return shown, "length" if length >= group.max_output else None, None
 
 
-def _trace(
-    samples: Seq[Sample],
-    drawn: Mapping[Sequence, Drawn],
-    weights: Mapping[int, list[float]],
-    rows: Mapping[str, Rows],
-) -> None:
-    """Fill in the traces of requests that ask for them."""
-    chosen: list[Chosen] = []
-    filled: list[Drawn] = []
-    row = -1
-    for sample in samples:
-        row += sample.count
-        each = drawn.get(sample.sequence)
-        if each and sample.sequence.group.request.program.trace and each.token is not None and each.logprob:
-            chosen.append(Chosen(sample, each.token, each.logprob.logprob, weights.get(row)))
-            filled.append(each)
-    if chosen:
-        for each, entry in zip(filled, trace(chosen, rows), strict=True):
-            each.trace = entry
+def _judged(sample: Sample) -> bool:
+    """Whether its drafts are judged, for which the policy's main model gives its hidden states too."""
+    return bool(sample.drafts) and Check(sample.sequence, 0).rule.judges
 
 
-def _advance_solvers(drawn: Mapping[Sequence, Drawn], weights: Mapping[Sequence, list[float] | None]) -> None:
-    """Solvers' states move on with what was drawn."""
-    for sequence, each in drawn.items():
-        solver, chosen = sequence.group.policy.solver, weights[sequence]
-        if solver is not None and chosen is not None and each.token is not None:
-            sequence.solver_state = solver.advance(sequence.solver_state, chosen, each.token)
+def _add_drafted_rows(samples: Seq[Sample], rows: dict[str, Rows]) -> None:
+    """Roles that drafted have computed rows on the way: put them, and the one from the forward, behind each other."""
+    for model in list(rows):
+        more: list[torch.Tensor] = []
+        end = len(rows[model].logits)
+        for sample in samples:
+            draft = sample.sequence.draft
+            if draft is None or draft.role is None or not draft.rows or sample.spans[draft.role].track.model != model:
+                continue
+            own = sample.offsets[draft.role]
+            more += [torch.stack(draft.rows), rows[model].logits[own : own + 1]]
+            sample.offsets[draft.role] = end
+            end += len(draft.rows) + 1
+        if more:
+            rows[model] = Rows(torch.cat([rows[model].logits, *more]), rows[model].hidden)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from decoding.core import Gate, Policy, Rows
+from decoding.core import Gate, Policy, Rows, Solver
 from decoding.state import Sample
 from decoding.truncate import top_p_mask
 
@@ -78,8 +78,7 @@ def _mix_group(
     terms = [tracks[j] for j in first.group.term_tracks]  # terms of one model and prompt share a track
     chosen: dict[int, list[float]] = {}
     if policy.solver:
-        states = [sample.sequence.solver_state for sample in samples for _ in range(sample.count)]
-        weights = policy.solver.weights(terms, states, starts(first.group.request.text_model, width))
+        weights = _solve(policy.solver, terms, samples, starts(first.group.request.text_model, width))
         index = [at + i for at, sample in members for i in range(sample.count)]
         chosen = dict(zip(index, weights.tolist(), strict=True))
     else:
@@ -93,6 +92,28 @@ def _mix_group(
         ratios = [each.plausibility.ratio for each in policies if each.plausibility]
         _mask_implausible(z, reference, ratios, samples, allowed)
     return Mixed(z, chosen)
+
+
+def _solve(
+    solver: Solver, terms: Sequence[torch.Tensor], samples: Sequence[Sample], starts: torch.Tensor
+) -> torch.Tensor:
+    """A solver's weights for all rows, [n, J]. Behind a draft its state is the one with that draft accepted."""
+    total = sum(sample.count for sample in samples)
+    if not solver.stateful or total == len(samples):
+        states = [sample.sequence.solver_state for sample in samples for _ in range(sample.count)]
+        return solver.weights(terms, states, starts)
+    weights = torch.zeros(total, len(terms), device=terms[0].device, dtype=terms[0].dtype)
+    begins = [sum(sample.count for sample in samples[:i]) for i in range(len(samples))]
+    state = [sample.sequence.solver_state for sample in samples]
+    for step in range(max(sample.count for sample in samples)):
+        members = [i for i, sample in enumerate(samples) if step < sample.count]
+        at = [begins[i] + step for i in members]
+        weights[at] = solver.weights([term[at] for term in terms], [state[i] for i in members], starts)
+        for i, row in zip(members, at):
+            token = samples[i].token_after(step)
+            if token is not None:
+                state[i] = solver.advance(state[i], weights[row].tolist(), token)
+    return weights
 
 
 def _rows(rows: Rows, j: int, samples: Sequence[Sample], width: int) -> torch.Tensor:

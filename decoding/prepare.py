@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from decoding.core import BadRequest, ModelInfo, Program, Request, Sampling, Term, UnknownModel
+from decoding.core import BadRequest, Constraint, ModelInfo, Program, Request, Sampling, Term, UnknownModel
+from decoding.draft import settle_speculation
 from decoding.text import Prompt, TextModel, shared_vocabulary
 
 
@@ -39,11 +40,14 @@ def prepare(
     salt: str = "",
     request_id: str | None = None,
     prompt_param: str = "prompt",
+    prediction: str | None = None,
+    constraint: Callable[[], Constraint] | None = None,
 ) -> Request:
     """Renders every term's view of the prompt and checks the request against the models that it uses.
 
-    `sampling.max_tokens` None becomes what fits. `prompt_param` is what the prompt is called in errors. Raises
-    BadRequest (code `context_length_exceeded` if the prompt is too long) and UnknownModel.
+    `sampling.max_tokens` None becomes what fits. `prompt_param` is what the prompt is called in errors. `prediction` is
+    text that the answer may repeat, `constraint` makes what restricts each choice's tokens. Raises BadRequest (code
+    `context_length_exceeded` if the prompt is too long) and UnknownModel.
     """
     terms = program.policy.terms
     if len(terms) > MAX_TERMS:
@@ -61,6 +65,10 @@ def prepare(
         ids = _render(term, prompt, catalog[term.role.model].text)
         _check_prompt(ids, term, catalog[term.role.model].info, prompt_param)
         prompts.append(tuple(ids))
+    main = catalog[terms[0].role.model].text
+    predicted = tuple(main.encode(prediction, bos=False)) if prediction else ()
+    program = settle_speculation(program, prompts, sampling, catalog, bool(predicted))
+    by_text = program.speculation is not None and program.speculation.draft == "prediction"
     return Request(
         id=request_id or f"req-{uuid.uuid4().hex}",
         program=program,
@@ -72,6 +80,8 @@ def prepare(
         n=n,
         salt=salt,
         arrival=time.monotonic(),
+        prediction=predicted if by_text else (),
+        constraint=constraint,
     )
 
 

@@ -7,16 +7,18 @@ to the lower id everywhere. Reported log-probs are of the row as the policy made
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
 
 from decoding.core import Sampling, TokenLogprob, TokenTrace
-from decoding.noise import GUMBEL_MAX, Lane, gumbel, key_tensor, noise_key
+from decoding.noise import GUMBEL_MAX, Lane, gumbel, key_tensor, noise_key, uniform
 from decoding.state import Sequence
 from decoding.truncate import first_ids, keep_mask, top_stable, truncate
 
+_SMALL = 1024  # a row of so few ids is hashed whole
 _COLDEST = 1e-30  # a temperature below it is this one: fp32 has no smaller number worth dividing by
 
 
@@ -24,62 +26,74 @@ _COLDEST = 1e-30  # a temperature below it is this one: fp32 has no smaller numb
 class Drawn:
     """What one row gave: the token, or None if no token was allowed, and its log-prob if asked for.
 
-    `trace` is filled in by the engine for requests that ask for it.
+    `accepted`: the rule that let a drafted token pass. `trace` is filled in for requests that ask for it.
     """
 
     token: int | None
     logprob: TokenLogprob | None = None
+    accepted: str | None = None
     trace: TokenTrace | None = None
 
 
-def verify(z: torch.Tensor, sequences: Seq[Sequence], generator: torch.Generator) -> list[Drawn]:
-    """Draw one token per row from z: [n, W] fp32, edited in place; row i belongs to sequences[i].
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A place in a sequence's text where a token is to be chosen: behind its output and the `drafted` tokens."""
 
-    Rows of requests with a seed use noise keyed by (seed, path, position); the others use `generator`.
-    """
-    reported = {i: k for i, s in enumerate(sequences) if (k := _reported(s)) is not None}
-    lp = log_softmax_rows(z, list(reported))  # before the processors edit z
-    for i, sequence in enumerate(sequences):
-        if _processes(sequence):
-            process(z[i], sequence)
-    best, tokens = z.max(dim=1)  # first of equal maxima: the lower id
-    choice, alive = tokens.tolist(), torch.isfinite(best).tolist()
-    drawing = [i for i, s in enumerate(sequences) if s.group.request.sampling.temperature > 0 and alive[i]]
-    if drawing:
-        rows = z if len(drawing) == len(sequences) else z[drawing]
-        for i, token in zip(drawing, draw(rows, [sequences[i] for i in drawing], generator), strict=True):
-            choice[i] = token
-    drawn = [Drawn(token if ok else None) for token, ok in zip(choice, alive, strict=True)]
-    for row, (i, k) in enumerate(reported.items()):
-        if alive[i]:
-            drawn[i].logprob = token_logprobs(lp[row : row + 1], [choice[i]], k)[0]
-    return drawn
+    sequence: Sequence
+    drafted: tuple[int, ...] = ()
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the request wants tokens to be drawn."""
+        return self.sequence.group.request.sampling
+
+    @property
+    def length(self) -> int:
+        """Tokens before it, the prompt's not counted."""
+        return len(self.sequence.output) + len(self.drafted)
+
+    @property
+    def counts(self) -> Mapping[int, int]:
+        """How often each id stands before it, the prompt not counted."""
+        if not self.drafted:
+            return self.sequence.counts
+        counts = dict(self.sequence.counts)
+        for token in self.drafted:
+            counts[token] = counts.get(token, 0) + 1
+        return counts
+
+    def key(self, lane: Lane) -> int:
+        """Key of the noise of `lane` here; the request has a seed."""
+        seed = self.sequence.group.seed
+        assert seed is not None
+        return noise_key(seed, self.sequence.path, self.length, lane)
 
 
-def _reported(sequence: Sequence) -> int | None:
+def reported(sequence: Sequence) -> int | None:
     """How many of the best tokens are reported beside the chosen one, None if nothing is."""
     request = sequence.group.request
     wanted = request.sampling.logprobs
     return 0 if wanted is None and request.program.trace else wanted
 
 
-def _processes(sequence: Sequence) -> bool:
+def processes(at: Position) -> bool:
     """Whether `process` would change anything: most requests pay nothing for what they do not use."""
-    s = sequence.group.request.sampling
+    s = at.sampling
     return (
-        s.allowed_token_ids is not None
-        or len(sequence.output) < s.min_tokens
+        at.sequence.constraint is not None
+        or s.allowed_token_ids is not None
+        or at.length < s.min_tokens
         or s.repetition_penalty != 1.0
-        or (bool(sequence.counts) and bool(s.presence_penalty or s.frequency_penalty))
+        or bool(at.length and (s.presence_penalty or s.frequency_penalty))
         or bool(s.logit_bias)
     )
 
 
-def hard_mask(sequence: Sequence, width: int, device: torch.device) -> torch.Tensor | None:
+def hard_mask(at: Position, width: int, device: torch.device) -> torch.Tensor | None:
     """Which ids may come next whatever the policy says: [width] bool, or None if every one may."""
-    request, s = sequence.group.request, sequence.group.request.sampling
-    waits = len(sequence.output) < s.min_tokens
-    if s.allowed_token_ids is None and not waits:
+    request, s = at.sequence.group.request, at.sampling
+    waits = at.length < s.min_tokens
+    if s.allowed_token_ids is None and not waits and at.sequence.constraint is None:
         return None
     mask = torch.full((width,), s.allowed_token_ids is None, device=device)
     if s.allowed_token_ids is not None:
@@ -87,18 +101,25 @@ def hard_mask(sequence: Sequence, width: int, device: torch.device) -> torch.Ten
     if waits:
         ends = sorted(i for i in {*request.eos_ids, *s.stop_token_ids} if i < width)
         mask[torch.tensor(ends, dtype=torch.int64, device=device)] = False
+    if at.sequence.constraint is not None:
+        made = at.sequence.draft.masks if at.sequence.draft else []
+        if len(at.drafted) < len(made):  # the constraint itself has been rolled back to the output
+            mask &= made[len(at.drafted)][:width].to(device)
+        elif not at.drafted:
+            mask &= at.sequence.constraint.allowed(width).to(device)
     return mask
 
 
-def process(row: torch.Tensor, sequence: Sequence) -> None:
+def process(row: torch.Tensor, at: Position) -> None:
     """Hard masks, penalties and bias on one row [W], in place."""
-    s = sequence.group.request.sampling
-    mask = hard_mask(sequence, row.shape[0], row.device)
+    s, sequence = at.sampling, at.sequence
+    mask = hard_mask(at, row.shape[0], row.device)
     if mask is not None:
         row.masked_fill_(~mask, -torch.inf)
+    counts = at.counts
     if s.repetition_penalty != 1.0:
         seen = torch.tensor(
-            sorted({i for i in {*sequence.group.request.prompts[0], *sequence.counts} if i < row.shape[0]}),
+            sorted({i for i in {*sequence.group.request.prompts[0], *counts} if i < row.shape[0]}),
             device=row.device,
         )
         # A mix has no natural zero: log-probs have one, and no shift of a model's logits changes them.
@@ -106,27 +127,26 @@ def process(row: torch.Tensor, sequence: Sequence) -> None:
             row -= torch.logsumexp(row, 0)
         old = row[seen]
         row[seen] = torch.where(old > 0, old / s.repetition_penalty, old * s.repetition_penalty)
-    if sequence.counts and (s.presence_penalty or s.frequency_penalty):
-        ids = torch.tensor(list(sequence.counts), device=row.device)
-        times = torch.tensor(list(sequence.counts.values()), device=row.device, dtype=torch.float32)
+    if counts and (s.presence_penalty or s.frequency_penalty):
+        ids = torch.tensor(list(counts), device=row.device)
+        times = torch.tensor(list(counts.values()), device=row.device, dtype=torch.float32)
         row[ids] -= s.presence_penalty + s.frequency_penalty * times
     if s.logit_bias:
         ids = torch.tensor([i for i, _ in s.logit_bias], device=row.device)
         row[ids] += torch.tensor([b for _, b in s.logit_bias], device=row.device)
 
 
-def draw(z: torch.Tensor, sequences: Seq[Sequence], generator: torch.Generator) -> list[int]:
+def draw(z: torch.Tensor, places: Seq[Position], generator: torch.Generator, lane: Lane = Lane.TOKEN) -> list[int]:
     """Sample one token per row of processed logits z [n, W] at each request's temperature and truncation.
 
-    The draw is the argmax of log p + Gumbel noise where the noise is keyed, else the inverse of the cumulative sum.
+    The draw is the argmax of log p + Gumbel noise of `lane` where noise is keyed, else the inverse of the cumulative
+    sum.
     """
     n = z.shape[0]
-    params = [s.group.request.sampling for s in sequences]
-    # From the best logit down: a tiny temperature then sends all others to -inf, and nothing to +inf.
-    scale = torch.tensor([max(p.temperature, _COLDEST) for p in params], device=z.device)[:, None]
-    z = (z - z.amax(1, keepdim=True)) / scale
+    params = [at.sampling for at in places]
+    z = tempered(z, params)
     tokens = [0] * n
-    cut = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1.0 or p.min_p > 0.0]
+    cut = [i for i, p in enumerate(params) if _truncates(p)]
     whole = sorted(set(range(n)).difference(cut))
     if cut:
         values, ids, wide = truncate(z if len(cut) == n else z[cut], [params[i] for i in cut])
@@ -134,32 +154,75 @@ def draw(z: torch.Tensor, sequences: Seq[Sequence], generator: torch.Generator) 
             z[cut[row]] = keep_mask(z[cut[row]], params[cut[row]])
         whole += [cut[row] for row in wide]
         place = {i: row for row, i in enumerate(cut) if row not in set(wide)}
-        for rows, who in _by_noise(list(place), params):
+        for rows, keyed in _by_noise(list(place), places):
             at = [place[i] for i in rows]
-            _put(tokens, rows, _pick(values[at], ids[at], [sequences[i] for i in rows] if who else None, generator))
-    for rows, who in _by_noise(whole, params):
-        part = z if rows == list(range(n)) else z[rows]
-        _put(tokens, rows, _pick(part, None, [sequences[i] for i in rows] if who else None, generator))
+            keys = [places[i].key(lane) for i in rows] if keyed else None
+            _put(tokens, rows, _pick(values[at], ids[at], keys, generator))
+    _put(tokens, whole, pick(z if whole == list(range(n)) else z[whole], [places[i] for i in whole], generator, lane))
     return tokens
 
 
-def _by_noise(rows: list[int], params: Seq[Sampling]) -> list[tuple[list[int], bool]]:
-    """The rows in two parts, unseeded and seeded; empty parts are left out."""
-    seeded = [i for i in rows if params[i].seed is not None]
-    free = [i for i in rows if params[i].seed is None]
-    return [(part, who) for part, who in ((free, False), (seeded, True)) if part]
+def kept(z: torch.Tensor, params: Seq[Sampling]) -> torch.Tensor:
+    """Processed logits z [n, W] at temperature, -inf outside the truncation: their softmax is what is drawn from."""
+    z = tempered(z, params)
+    cut = [i for i, p in enumerate(params) if _truncates(p)]
+    if cut:
+        values, ids, wide = truncate(z if len(cut) == len(params) else z[cut], [params[i] for i in cut])
+        rows = torch.full((len(cut), z.shape[1]), -torch.inf, device=z.device).scatter_(1, ids, values)
+        for row in wide:
+            rows[row] = keep_mask(z[cut[row]], params[cut[row]])
+        z[cut] = rows
+    return z
 
 
-def _pick(
-    z: torch.Tensor, ids: torch.Tensor | None, seeded: Seq[Sequence] | None, generator: torch.Generator
-) -> list[int]:
+def tempered(z: torch.Tensor, params: Seq[Sampling]) -> torch.Tensor:
+    """z [n, W] from the best logit down, over the temperature: a copy.
+
+    A tiny temperature then sends all others to -inf, and nothing to +inf.
+    """
+    scale = torch.tensor([max(p.temperature, _COLDEST) for p in params], device=z.device)[:, None]
+    return (z - z.amax(1, keepdim=True)) / scale
+
+
+def pick(z: torch.Tensor, places: Seq[Position], generator: torch.Generator, lane: Lane = Lane.TOKEN) -> list[int]:
+    """One draw per row from softmax(z [n, W])."""
+    tokens = [0] * len(places)
+    for rows, keyed in _by_noise(list(range(len(places))), places):
+        part = z if len(rows) == len(places) else z[rows]
+        keys = [places[i].key(lane) for i in rows] if keyed else None
+        _put(tokens, rows, _pick(part, None, keys, generator))
+    return tokens
+
+
+def coins(places: Seq[Position], generator: torch.Generator, device: torch.device) -> torch.Tensor:
+    """One uniform in (0, 1) per position, of the lane that accepts drafts: [n] fp32."""
+    u = torch.rand(len(places), generator=generator, device=device)
+    for rows, keyed in _by_noise(list(range(len(places))), places):
+        if keyed:
+            keys = key_tensor([places[i].key(Lane.ACCEPT) for i in rows], device)
+            u[rows] = uniform(keys, torch.zeros(1, 1, dtype=torch.int32, device=device))[:, 0]
+    return u
+
+
+def _truncates(p: Sampling) -> bool:
+    return bool(p.top_k or p.top_p < 1.0 or p.min_p > 0.0)
+
+
+def _by_noise(rows: list[int], places: Seq[Position]) -> list[tuple[list[int], bool]]:
+    """The rows in two parts, without and with keyed noise; empty parts are left out."""
+    keyed = [i for i in rows if places[i].sequence.group.seed is not None]
+    free = [i for i in rows if places[i].sequence.group.seed is None]
+    return [(part, who) for part, who in ((free, False), (keyed, True)) if part]
+
+
+def _pick(z: torch.Tensor, ids: torch.Tensor | None, keyed: Seq[int] | None, generator: torch.Generator) -> list[int]:
     """One draw per row from softmax(z [n, m]); `ids` [n, m] names the columns, None if they are the ids themselves."""
-    if seeded is None:
+    if keyed is None:
         cumulative = torch.softmax(z, 1).cumsum(1, dtype=torch.float64)  # [n, m]
         u = torch.rand(z.shape[0], 1, generator=generator, device=z.device, dtype=torch.float64)
         column = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)  # never a column of mass 0
     else:
-        keys = key_tensor([_key(sequence) for sequence in seeded], z.device)
+        keys = key_tensor(keyed, z.device)
         if ids is None:
             return _gumbel_argmax(z, keys)
         column = (z + gumbel(keys, ids)).argmax(dim=1, keepdim=True)
@@ -171,6 +234,9 @@ def _gumbel_argmax(z: torch.Tensor, keys: torch.Tensor) -> list[int]:
 
     The noise is bounded, so once the likeliest id's score is known, ids further below it than the bound are out.
     """
+    if z.shape[1] <= _SMALL:
+        ids = torch.arange(z.shape[1], device=z.device, dtype=torch.int32)[None]
+        return (z + gumbel(keys, ids)).argmax(dim=1).tolist()
     best, first = z.max(dim=1, keepdim=True)
     floor = best + gumbel(keys, first) - GUMBEL_MAX  # [n, 1]
     tokens: list[int] = []
@@ -199,12 +265,6 @@ def token_logprobs(lp: torch.Tensor, tokens: Seq[int], k: int) -> list[TokenLogp
         ids[row, :k] = tied[order]
     tops = [tuple(zip(i[:k], v[:k], strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
     return [TokenLogprob(*entry) for entry in zip(tokens, chosen, tops, strict=True)]
-
-
-def _key(sequence: Sequence) -> int:
-    seed = sequence.group.request.sampling.seed
-    assert seed is not None
-    return noise_key(seed, sequence.path, len(sequence.output), Lane.TOKEN)
 
 
 def _put(tokens: list[int], rows: Seq[int], drawn: Seq[int]) -> None:

@@ -1,9 +1,11 @@
 """Which positions are computed in a tick: admission, budgets, fairness, prefix hits, preemption, forks.
 
-One rule covers prefill, chunked prefill, prefix hits, decode, preemption and forks: a track needs positions
-`num_computed ..` of its prompt and output. Positions before the sequence's next wanted row are private to the track
-and computed whenever there is budget; from that row on, all tracks of the sequence go in lockstep, because their
-rows are mixed in the same tick.
+One rule covers prefill, chunked prefill, prefix hits, decode, drafts, preemption and forks: a track needs positions
+`num_computed ..` of its prompt, output and drafts. Positions before the sequence's next wanted row are private to the
+track and computed whenever there is budget; from that row on, all tracks of the sequence go in lockstep, because their
+rows are mixed in the same tick. Drafts that were not accepted are rolled back by moving `num_computed`.
+
+Drafting is optional: it takes what budgets and memory are left, and gives its memory back before anyone is preempted.
 """
 
 from __future__ import annotations
@@ -14,17 +16,26 @@ from collections.abc import Iterable, Mapping
 
 from decoding.core import EngineConfig
 from decoding.kv import BlockPool, chain_key
-from decoding.state import Group, Plan, Sample, Sequence, Span, Track
+from decoding.state import Draft, Group, Plan, Sample, Sequence, Span, Track
+
+CATCH_UP = 32  # positions that a drafter may compute in the forward of its first draft
+PAUSE = 64  # ticks that a drafter rests after its memory was needed elsewhere
 
 
 class Scheduler:
     """Waiting and running sequences over one block pool per model.
 
-    `costs`: seconds a token of each model; only their ratios count.
+    `costs`: seconds a token of each model; only their ratios count. `limits`: positions that each model has.
     """
 
-    def __init__(self, pools: Mapping[str, BlockPool], costs: Mapping[str, float], config: EngineConfig) -> None:
-        self.pools, self.config = pools, config
+    def __init__(
+        self,
+        pools: Mapping[str, BlockPool],
+        costs: Mapping[str, float],
+        config: EngineConfig,
+        limits: Mapping[str, int],
+    ) -> None:
+        self.pools, self.config, self.limits = pools, config, limits
         dearest = max(costs.values())
         self._price = {model: cost / dearest for model, cost in costs.items()}
         self.waiting: list[Sequence] = []
@@ -55,17 +66,20 @@ class Scheduler:
         """
         copies: list[tuple[str, int, int]] = []
         needs: dict[str, int] = {}
-        for track in child.tracks:
-            partial = child.target(track) % self.pools[track.model].block_size != 0
+        starts = {
+            id(mine): min(child.target(mine), theirs.num_computed)
+            for mine, theirs in zip(child.all_tracks, root.all_tracks, strict=True)
+        }
+        for track in child.all_tracks:
+            partial = starts[id(track)] % self.pools[track.model].block_size != 0
             needs[track.model] = needs.get(track.model, 0) + partial
         fits = all(self.pools[model].available >= need for model, need in needs.items())
         if not fits or len(self.running) >= self.config.max_num_seqs:
             self.add(child)
             return []
-        for mine, theirs in zip(child.tracks, root.tracks, strict=True):
+        for mine, theirs in zip(child.all_tracks, root.all_tracks, strict=True):
             pool = self.pools[mine.model]
-            position = child.target(mine)
-            assert theirs.num_computed >= position
+            position = starts[id(mine)]
             full = position // pool.block_size
             mine.blocks = [pool.share(block) for block in theirs.blocks[:full]]
             mine.keys, mine.published = theirs.keys[:full], min(theirs.published, full)
@@ -79,10 +93,10 @@ class Scheduler:
     def check(self) -> None:
         """Assert that pools and block tables agree."""
         for model, pool in self.pools.items():
-            tracks = [t for s in [*self.running, *self.waiting] for t in s.tracks if t.model == model]
+            tracks = [t for s in [*self.running, *self.waiting] for t in s.all_tracks if t.model == model]
             pool.check([t.blocks for t in tracks])
             assert all(len(t.blocks) >= pool.blocks_for(t.num_computed) for t in tracks)
-        assert all(not t.blocks for s in self.waiting for t in s.tracks), "a waiting sequence holds blocks"
+        assert all(not t.blocks for s in self.waiting for t in s.all_tracks), "a waiting sequence holds blocks"
         assert all(s.running for s in self.running)
         assert not any(s.running for s in self.waiting)
 
@@ -91,13 +105,15 @@ class Scheduler:
     def plan(self) -> Plan:
         """The spans and rows of the next tick. Allocates their blocks, preempting where memory is short."""
         self.tick += 1
-        self._admit()
         plan = Plan(tokens=float(self.config.max_num_batched_tokens), rows=self.config.max_logit_rows)
         ready: list[Sequence] = []
         behind: list[Sequence] = []
         for sequence in self.running:
             caught_up = all(track.num_computed == sequence.target(track) for track in sequence.tracks)
             (ready if caught_up else behind).append(sequence)
+        # Drafts take what is left when every sequence has its next row.
+        plan.draft_rows = plan.rows - sum(len(s.tracks) for s in ready)
+        plan.draft_tokens = plan.tokens - sum(self._price[track.model] for s in ready for track in s.tracks)
         for sequence in self._fair(ready):
             if sequence.running:
                 self._schedule(sequence, plan)
@@ -105,19 +121,39 @@ class Scheduler:
         for sequence in sorted(behind, key=lambda s: s.order):
             if sequence.running:
                 self._schedule(sequence, plan)
+        for sequence in self.running:
+            if sequence.draft and sequence.draft.own and not sequence.draft.planned:
+                self._feed(sequence, sequence.draft, sequence.draft.own, plan)
         return plan
 
     def commit(self, plan: Plan) -> None:
-        """The plan's positions are computed: move the tracks on and publish their full blocks."""
+        """The plan's positions are computed and its tokens appended: move the tracks on, publish their full blocks.
+
+        Tracks that ran ahead of the text, with drafts that were not accepted, are rolled back.
+        """
         for spans in plan.spans.values():
             for span in spans:
-                track = span.track
-                track.num_computed = span.start + span.count
-                if self.config.prefix_cache:
-                    pool = self.pools[track.model]
-                    while (track.published + 1) * pool.block_size <= track.num_computed:
-                        pool.publish(track.blocks[track.published], self._key(span.sequence, track, track.published))
-                        track.published += 1
+                span.track.num_computed = span.start + span.count
+                self._settle(span.sequence, span.track)
+        for sequence in self.running:
+            if sequence.draft:
+                if sequence.draft.own and sequence.draft.planned:
+                    self._settle(sequence, sequence.draft.own)
+                sequence.draft.clear()
+
+    def _settle(self, sequence: Sequence, track: Track) -> None:
+        if not sequence.running:
+            return  # its request has failed meanwhile: its blocks are gone
+        pool = self.pools[track.model]
+        track.num_computed = min(track.num_computed, sequence.known(track) - 1)
+        needed = pool.blocks_for(track.num_computed)
+        if len(track.blocks) > needed:
+            pool.release(track.blocks[needed:])
+            del track.blocks[needed:]
+        if self.config.prefix_cache:
+            while (track.published + 1) * pool.block_size <= track.num_computed:
+                pool.publish(track.blocks[track.published], self._key(sequence, track, track.published))
+                track.published += 1
 
     def _fair(self, ready: list[Sequence]) -> list[Sequence]:
         """Oldest first; if a budget does not reach for all, one row per request in turn, the least served first."""
@@ -134,7 +170,8 @@ class Scheduler:
         ranked.sort(key=lambda entry: entry[:3])
         return [entry[3] for entry in ranked]
 
-    def _admit(self) -> None:
+    def admit(self) -> None:
+        """Seat waiting sequences, as far as seats and memory go; before every `plan`."""
         if not self.waiting:
             return
         seats = Counter(sequence.group for sequence in self.running)
@@ -183,9 +220,11 @@ class Scheduler:
         if not plan.spans and not any(needs):
             rows = max(rows, 1)  # whoever comes first gets a row: no budget is so small that nothing goes on
         spans: list[Span] = []
+        drafts = 0
         if rows > 0 and not any(blocked):
+            drafts = self._drafts(sequence, spare - sum(prices), plan) if rows == sequence.rows_wanted == 1 else 0
             for track, need in zip(sequence.tracks, needs):
-                spans.append(Span(sequence, track, track.num_computed, need + rows, rows))
+                spans.append(Span(sequence, track, track.num_computed, need + rows + drafts, rows + drafts))
         else:
             left = plan.tokens
             for track, need, price, wait in zip(sequence.tracks, needs, prices, blocked):
@@ -193,28 +232,103 @@ class Scheduler:
                 if chunk > 0:
                     spans.append(Span(sequence, track, track.num_computed, chunk, 0))
                     left -= chunk * price
-        if spans and self._reserve(sequence, spans, plan):
-            self._put(sequence, spans, plan)
+        if spans and self._reserve(sequence, spans):
+            sequence.last_tick = sequence.group.last_tick = self.tick
+            for span in spans:
+                self._put(span, plan)
+            if spans[0].rows:
+                plan.samples.append(Sample(sequence, sequence.next_row, spans[0].rows, spans, drafts=drafts))
+            if drafts:
+                self._plan_drafts(sequence, drafts, plan)
 
-    def _put(self, sequence: Sequence, spans: list[Span], plan: Plan) -> None:
-        sequence.last_tick = sequence.group.last_tick = self.tick
-        offsets: list[int] = []
-        for span in spans:
-            track, model = span.track, span.track.model
-            packed = plan.spans.setdefault(model, [])
-            offsets.append(sum(other.rows for other in packed))
-            packed.append(span)
-            plan.tokens -= span.count * self._price[model]
-            plan.rows -= span.rows
-            if self.config.prefix_cache:
-                size = self.pools[model].block_size
-                known = len(track.prompt) + len(sequence.output)
-                first, last = span.start // size, min(span.start + span.count, known) // size
-                if last > first:
-                    pending = plan.pending.setdefault(model, set())
-                    pending.update(self._key(sequence, track, i) for i in range(first, last))
-        if spans[0].rows:
-            plan.samples.append(Sample(sequence, sequence.next_row, spans[0].rows, offsets))
+    def _put(self, span: Span, plan: Plan) -> None:
+        sequence, track, model = span.sequence, span.track, span.track.model
+        plan.spans.setdefault(model, []).append(span)
+        plan.tokens -= span.count * self._price[model]
+        plan.rows -= span.rows
+        if self.config.prefix_cache:
+            size = self.pools[model].block_size
+            first, last = span.start // size, min(span.start + span.count, sequence.known(track)) // size
+            if last > first:
+                pending = plan.pending.setdefault(model, set())
+                pending.update(self._key(sequence, track, i) for i in range(first, last))
+
+    # -- drafts -------------------------------------------------------------------------------------------------
+
+    def _drafts(self, sequence: Sequence, spare: float, plan: Plan) -> int:
+        """How many tokens `sequence` may draft: what is wanted, within the budgets, lengths and free memory.
+
+        spare: the tick's tokens that are left when the sequence has its next row.
+        """
+        draft = sequence.draft
+        if draft is None or draft.wanted <= 0:
+            return 0
+        count = min(draft.wanted, sequence.group.max_output - len(sequence.output) - draft.bonus)
+        track = draft.track
+        if track is not None:
+            # The first draft's forward catches up too; what is long goes with the packed forwards, as prefill does.
+            if sequence.known(track) - track.num_computed > CATCH_UP or draft.paused_until > self.tick:
+                return 0
+            count = min(count, self.limits[track.model] - sequence.known(track))
+        count = min(
+            count, plan.draft_rows // len(sequence.tracks), int(plan.draft_tokens / self._draft_price(sequence))
+        )
+        return count if count > 0 and self._room(sequence, count) else 0
+
+    def _draft_price(self, sequence: Sequence) -> float:
+        """What one more drafted token costs in all models."""
+        return sum(self._price[track.model] for track in sequence.all_tracks)
+
+    def _room(self, sequence: Sequence, count: int) -> bool:
+        """Whether memory is free for `count` drafts: without preempting anyone."""
+        wanted: dict[str, int] = {}
+        for track in sequence.all_tracks:
+            pool = self.pools[track.model]
+            lack = pool.blocks_for(sequence.known(track) + count) - len(track.blocks)
+            wanted[track.model] = wanted.get(track.model, 0) + max(0, lack)
+        return all(self.pools[model].available >= blocks for model, blocks in wanted.items())
+
+    def _plan_drafts(self, sequence: Sequence, count: int, plan: Plan) -> None:
+        """Take the drafting track's memory and budget; a role's memory is that of its span."""
+        draft = sequence.draft
+        assert draft is not None
+        draft.planned = count
+        plan.drafting.append(sequence)
+        plan.draft_rows -= count * len(sequence.tracks)
+        plan.draft_tokens -= count * self._draft_price(sequence)
+        if draft.own is not None:
+            pool = self.pools[draft.own.model]
+            while len(draft.own.blocks) < pool.blocks_for(sequence.known(draft.own) + count):
+                draft.own.blocks.append(pool.allocate())
+            plan.tokens -= count * self._price[draft.own.model]
+
+    def _feed(self, sequence: Sequence, draft: Draft, track: Track, plan: Plan) -> None:
+        """A drafter that has fallen behind, or joins late, catches up with what budget and memory are left."""
+        need = sequence.target(track) - track.num_computed
+        if draft.wanted <= 0 or draft.paused_until > self.tick or need <= 0:
+            return
+        if self._hit_prefix(sequence, track, plan):
+            return
+        need = sequence.target(track) - track.num_computed
+        pool = self.pools[track.model]
+        room = (pool.available + len(track.blocks)) * pool.block_size - track.num_computed
+        chunk = min(need, int(plan.tokens / self._price[track.model]), room)
+        if need <= CATCH_UP // 2 or chunk <= 0:
+            return
+        while len(track.blocks) < pool.blocks_for(track.num_computed + chunk):
+            track.blocks.append(pool.allocate())
+        self._put(Span(sequence, track, track.num_computed, chunk, 0), plan)
+
+    def _reclaim(self, short: set[str]) -> bool:
+        """Take back the blocks of one drafter in a pool that is short, the youngest one's first."""
+        for each in sorted(self.running, key=lambda s: s.order, reverse=True):
+            own = each.draft.own if each.draft else None
+            if own is not None and own.blocks and own.model in short and not (each.draft and each.draft.planned):
+                self._forget(own)
+                assert each.draft is not None
+                each.draft.paused_until = self.tick + PAUSE
+                return True
+        return False
 
     def _hit_prefix(self, sequence: Sequence, track: Track, plan: Plan) -> bool:
         """Take cached blocks while there are any; True if the next block is being computed by another span now."""
@@ -235,22 +349,25 @@ class Scheduler:
             track.blocks.append(pool.share(block))
             track.num_computed += size
             track.published = len(track.blocks)
-            if not sequence.group.preemptions and not sequence.output:
+            if track in sequence.tracks and not sequence.group.preemptions and not sequence.output:
                 sequence.group.cached_tokens += size
         return False
 
     # -- memory -------------------------------------------------------------------------------------------------
 
-    def _reserve(self, sequence: Sequence, spans: list[Span], plan: Plan) -> bool:
-        """Allocate the spans' blocks. Where they lack, the youngest unscheduled sequence goes, at last `sequence`."""
+    def _reserve(self, sequence: Sequence, spans: list[Span]) -> bool:
+        """Allocate the spans' blocks. Where they lack, drafters go, then the youngest unscheduled, then `sequence`."""
         while True:
             needs: dict[str, int] = {}
             for span in spans:
                 pool, track = self.pools[span.track.model], span.track
                 lack = pool.blocks_for(span.start + span.count) - len(track.blocks)
                 needs[track.model] = needs.get(track.model, 0) + max(0, lack)
-            if all(self.pools[model].available >= need for model, need in needs.items()):
+            short = {model for model, need in needs.items() if self.pools[model].available < need}
+            if not short:
                 break
+            if self._reclaim(short):
+                continue
             younger = [s for s in self.running if s.order > sequence.order and s.last_tick != self.tick]
             victim = max(younger, key=lambda s: s.order, default=sequence)
             self._preempt(victim)
@@ -276,10 +393,13 @@ class Scheduler:
         sequence.group.preemptions += 1
 
     def _free(self, sequence: Sequence) -> None:
-        for track in sequence.tracks:
-            self.pools[track.model].release(track.blocks)
-            track.blocks = []
-            track.num_computed = track.published = 0
+        for track in sequence.all_tracks:
+            self._forget(track)
+
+    def _forget(self, track: Track) -> None:
+        self.pools[track.model].release(track.blocks)
+        track.blocks = []
+        track.num_computed = track.published = 0
 
     def _key(self, sequence: Sequence, track: Track, index: int) -> bytes:
         size = self.pools[track.model].block_size

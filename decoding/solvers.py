@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,6 +23,7 @@ class Nudge:
     """
 
     threshold: float
+    stateful: ClassVar[bool] = True
 
     def weights(self, rows: Sequence[torch.Tensor], states: Sequence[Any], starts: torch.Tensor) -> torch.Tensor:
         """[n, 2]: (1, 0) or (0, 1) per row."""
@@ -53,6 +54,7 @@ class Fusion:
     fast: bool = True
     max_alpha: float = 2.0
     step: float = 0.1
+    stateful: ClassVar[bool] = False
 
     def weights(self, rows: Sequence[torch.Tensor], states: Sequence[Any], starts: torch.Tensor) -> torch.Tensor:
         """[n, 2 + m]."""

@@ -13,12 +13,14 @@ from decoding.state import Sample
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A token that was drawn from the last row of a sample: its mixed log-prob, and weights if a solver set them."""
+    """A token of a sample's `row`-th row: its mixed log-prob, weights if a solver set them, how a draft passed."""
 
     sample: Sample
+    row: int
     token: int
     mixed: float
     weights: Sequence[float] | None
+    accepted: str | None = None
 
 
 def trace(chosen: Sequence[Chosen], rows: Mapping[str, Rows]) -> list[TokenTrace]:
@@ -29,7 +31,7 @@ def trace(chosen: Sequence[Chosen], rows: Mapping[str, Rows]) -> list[TokenTrace
     for i, each in enumerate(chosen):
         group = each.sample.sequence.group
         for j, track in enumerate(each.sample.sequence.tracks):
-            row = each.sample.offsets[j] + each.sample.count - 1
+            row = each.sample.offsets[j] + each.row
             wanted.setdefault((track.model, group.width), []).append((i, j, row))
     for (model, width), entries in wanted.items():
         logits = rows[model].logits
@@ -56,4 +58,4 @@ def _entry(i: int, each: Chosen, found: Mapping[tuple[int, int], float], rank: i
         RoleTrace(term.name, found[i, track], weight)
         for term, track, weight in zip(terms, group.term_tracks, weights, strict=True)
     )
-    return TokenTrace(each.token, each.mixed, rank, roles)
+    return TokenTrace(each.token, each.mixed, rank, roles, each.accepted is not None, each.accepted)

@@ -26,6 +26,7 @@ class Progress:
         self._positions = positions
         self._left = len(positions)
         self.completion_tokens = self.cached_tokens = self.preemptions = 0
+        self.drafted = self.accepted = self.passes = 0
         self.forwards: dict[str, int] = {}
         self.stop_reasons: list[int | str | None] = [None] * job.choices
         self.unfinished = job.choices
@@ -59,28 +60,47 @@ class Progress:
         self._left -= 1
         self.cached_tokens += event.usage.cached_tokens
         self.preemptions += event.usage.preemptions
+        self.drafted += event.usage.drafted
+        self.accepted += event.usage.accepted
+        self.passes += event.usage.passes
         for model, passes in event.usage.forwards:
             self.forwards[model] = self.forwards.get(model, 0) + passes
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's usage object, as of now."""
         prompt, completion = self.job.prompt_tokens, self.completion_tokens
-        return {
+        made = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+        if self.job.program.speculation is not None:
+            made["completion_tokens_details"] = {
+                "accepted_prediction_tokens": self.accepted,
+                "rejected_prediction_tokens": self.drafted - self.accepted,
+            }
+        return made
 
     def decoding(self) -> dict[str, Any]:
         """The report of how the answer was made. `stop_reasons`: one per choice, a stop string or id, null else."""
-        program = self.job.program
+        program, spec = self.job.program, self.job.program.speculation
+        drafts = None
+        if spec is not None:
+            drafts = {
+                "draft": spec.draft,
+                "accept": spec.accept,
+                "drafted": self.drafted,
+                "accepted": self.accepted,
+                "block_efficiency": round(self.completion_tokens / self.passes, 4) if self.passes else None,
+            }
         return {
             "strategy": program.strategy,
             "lossless": program.lossless,
             "models": list(program.models),
             "forwards": self.forwards,
             "preemptions": self.preemptions,
+            "speculation": drafts,
             "stop_reasons": self.stop_reasons,
         }
 
@@ -92,6 +112,8 @@ def trace_entries(delta: Delta) -> list[dict[str, Any]]:
             "token_id": entry.token_id,
             "logprob": reported(entry.logprob),
             "rank": entry.rank,
+            "drafted": entry.drafted,
+            "accepted": entry.accepted,
             "roles": [
                 {"role": role.role, "logprob": reported(role.logprob), "weight": role.weight} for role in entry.roles
             ],

@@ -11,18 +11,23 @@ import time
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from decoding.core import BadRequest, ModelLoadError, Program, UnknownModel
+from decoding.accept import RULES
+from decoding.core import BadRequest, ModelLoadError, Program, Sampling, Speculation, UnknownModel
+from decoding.draft import settle_speculation
 from decoding.prepare import Catalog, shared_width
 from decoding.strategies import POLICY, Strategy, discover
 from server.config import Preset
 from server.errors import ApiError, from_validation, nearest
 
-_LATER = ("speculation", "search")
-_OFF: dict[str, tuple[Any, ...]] = {"speculation": (None, False)}
+SPECULATION = Strategy("speculation", "Drafts ahead of any policy.", Speculation, lambda _params, _model: _no_program())
+
+
+def _no_program() -> NoReturn:
+    raise AssertionError("speculation is an axis of its own, not a policy")
 
 
 def params_model(strategy: Strategy) -> type[BaseModel]:
@@ -65,7 +70,7 @@ class Served:
         self.names = tuple(dict.fromkeys([default, *names]))
         self.created = int(time.time())
         self._strategies = discover()
-        known = self._strategies | {POLICY.name: POLICY}
+        known = self._strategies | {POLICY.name: POLICY, SPECULATION.name: SPECULATION}
         self._params = {name: params_model(strategy) for name, strategy in known.items()}
 
     def model_object(self, name: str) -> dict[str, Any]:
@@ -100,6 +105,7 @@ class Served:
             try:
                 program = self.resolve(name, None).program
                 shared_width(program, self.catalog)
+                settle_speculation(program, [(0,)], Sampling(), self.catalog, predicted=True)
             except (ApiError, BadRequest) as error:
                 raise ModelLoadError(f"The preset '{name}' cannot be served: {error.message}") from error
 
@@ -121,14 +127,26 @@ class Served:
 
     def _program(self, decoding: dict[str, Any], model: str) -> Program:
         params = dict(decoding)
-        for axis in _LATER:
-            if axis in params and params.pop(axis) not in _OFF.get(axis, (None,)):
-                param = f"decoding.{axis}"
-                raise ApiError(400, f"{param} is not available in this version.", param, "unsupported_parameter")
+        if params.pop("search", None) is not None:
+            message = "decoding.search is not available in this version."
+            raise ApiError(400, message, "decoding.search", "unsupported_parameter")
         trace = params.pop("trace", None)
         if trace is not None and not isinstance(trace, bool):
             raise ApiError(400, "decoding.trace must be true or false.", "decoding.trace")
-        return replace(self._strategy(params, model), trace=bool(trace))
+        speculation = self._speculation(params.pop("speculation", None))
+        return replace(self._strategy(params, model), trace=bool(trace), speculation=speculation)
+
+    def _speculation(self, asked: Any) -> Speculation | None:
+        """null and false are none, true is all by itself."""
+        if asked is None or asked is False:
+            return None
+        if asked is True:
+            asked = {}
+        if not isinstance(asked, dict):
+            message = 'decoding.speculation must be true, false or an object such as {"draft": "ngram"}.'
+            raise ApiError(400, message, "decoding.speculation")
+        made: Speculation = SPECULATION.params(**self._checked(SPECULATION, asked, "decoding.speculation"))
+        return made
 
     def _strategy(self, params: dict[str, Any], model: str) -> Program:
         policy, name = params.pop("policy", None), params.pop("strategy", None)
@@ -149,7 +167,8 @@ class Served:
             raise ApiError(400, message, "decoding.strategy", "unknown_strategy")
         return self._build(self._strategies[name], params, model, "decoding")
 
-    def _build(self, strategy: Strategy, params: dict[str, Any], model: str, path: str) -> Program:
+    def _checked(self, strategy: Strategy, params: dict[str, Any], path: str) -> dict[str, Any]:
+        """The parameters as the strategy's dataclass takes them. Raises ApiError naming the one that is wrong."""
         schema = self._params[strategy.name]
         try:
             # By way of JSON: strictness there takes arrays for tuples, and null for an absent field is dropped.
@@ -157,7 +176,10 @@ class Served:
             checked = schema.model_validate_json(given)
         except ValidationError as error:
             raise from_validation(error, schema.model_fields, path) from error
-        values = {key: getattr(checked, key) for key in schema.model_fields}
+        return {key: getattr(checked, key) for key in schema.model_fields}
+
+    def _build(self, strategy: Strategy, params: dict[str, Any], model: str, path: str) -> Program:
+        values = self._checked(strategy, params, path)
         if self.negative_weights != "any":
             _check_signs(params, path)
         try:
@@ -180,12 +202,25 @@ class Served:
                 "formula": strategy.formula,
                 "parameters": self._params[name].model_json_schema(),
                 "needs": list(strategy.needs),
-                "combines_with": {"speculation": [], "search": []},
+                "combines_with": {"speculation": list(RULES), "search": []},
                 "lossless": strategy.lossless,
                 "paper": strategy.paper or None,
             }
             for name, strategy in self._strategies.items()
         ]
+
+    def speculation(self) -> dict[str, Any]:
+        """What `decoding.speculation` may be, on top of any strategy: its JSON schema and the acceptance rules."""
+        schema = self._params[SPECULATION.name].model_json_schema()
+        return {"parameters": schema, "accept": acceptance_rules()}
+
+
+def acceptance_rules() -> list[dict[str, Any]]:
+    """Every rule of `decoding.speculation.accept`."""
+    return [
+        {"id": rule.name, "summary": rule.summary, "lossless": rule.lossless, "paper": rule.paper or None}
+        for rule in RULES.values()
+    ]
 
 
 def _check_signs(value: Any, path: str) -> None:

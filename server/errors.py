@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -83,12 +84,18 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
+_BRANCH = re.compile(r"(int|float|str|bool|(literal|list|dict|tuple)\[.*)$")  # pydantic's names of a union's branches
+
+
 def from_validation(error: ValidationError, known: Iterable[str] = (), prefix: str = "") -> ApiError:
     """The first thing that is wrong with a body, in one sentence; `known` are the field names of its top level."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    path = [str(part) for part in first["loc"]]
+    found = error.errors(include_url=False, include_input=False)
+    first = found[0]
+    path = [str(part) for part in first["loc"] if not _BRANCH.match(str(part))]
     param = ".".join([prefix, *path] if prefix else path) or None
     message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if len(path) < len(first["loc"]):  # a field that takes one of several types fits none of them
+        message = " or ".join(dict.fromkeys(each["msg"] for each in found if each["loc"][:1] == first["loc"][:1]))
     if first["type"] == "json_invalid":
         return ApiError(400, f"The body is not valid JSON in UTF-8: {message.removeprefix('Invalid JSON: ')}.")
     if first["type"] == "extra_forbidden":

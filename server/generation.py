@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from decoding.core import BadRequest, Program, Sampling
+from decoding.core import BadRequest, Program, Sampling, Speculation
 from decoding.core import Request as EngineRequest
 from decoding.prepare import prepare
 from decoding.text import Chat, Prompt, TextModel
@@ -74,7 +74,13 @@ def chat_job(body: ChatBody, served: Served, config: Config, key: str = "") -> J
     )
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _job(body, resolved, [chat], served, config, logprobs=logprobs, max_tokens=limit, key=key)
+    prediction = body.prediction.text() if body.prediction else None
+    asked = body.decoding or {}
+    if prediction and resolved.program.speculation is None and asked.get("speculation") is not False:
+        resolved = replace(resolved, program=replace(resolved.program, speculation=Speculation("prediction")))
+    return _job(
+        body, resolved, [chat], served, config, logprobs=logprobs, max_tokens=limit, key=key, prediction=prediction
+    )
 
 
 def completion_job(body: CompletionBody, served: Served, config: Config, key: str = "") -> Job:
@@ -98,6 +104,7 @@ def _job(
     logprobs: int | None,
     max_tokens: int | None,
     key: str,
+    prediction: str | None = None,
 ) -> Job:
     chat = isinstance(body, ChatBody)
     echo = isinstance(body, CompletionBody) and bool(body.echo)
@@ -108,7 +115,8 @@ def _job(
     job_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
     requests = tuple(
         prepare(resolved.program, prompt, sampling, served.catalog, n=n, salt=f"{key}:{body.cache_salt or ''}",
-                request_id=f"{job_id}-{position}", prompt_param="messages" if chat else "prompt")
+                request_id=f"{job_id}-{position}", prompt_param="messages" if chat else "prompt",
+                prediction=prediction)
         for position, prompt in enumerate(prompts)
     )  # fmt: skip
     if not chat and max_tokens is None:
@@ -122,7 +130,7 @@ def _job(
         chat=chat,
         created=int(time.time()),
         name=resolved.name,
-        program=resolved.program,
+        program=requests[0].program,
         requests=requests,
         n=n,
         text=text,

@@ -56,6 +56,17 @@ class EngineCollector(Collector):
                 family.add_metric([model.id], getattr(model, name))
         yield used
         yield from counters.values()
+        labels = ["draft", "model", "position"]
+        drafted = CounterMetricFamily("trimtab_drafted_tokens", "Drafts verified, by place in the draft", labels=labels)
+        accepted = CounterMetricFamily(
+            "trimtab_accepted_tokens", "Drafts accepted, by place in the draft", labels=labels
+        )
+        for pair in stats.drafts:
+            for family, counts in ((drafted, pair.drafted), (accepted, pair.accepted)):
+                for position, count in enumerate(counts):
+                    family.add_metric([pair.draft, pair.target, str(position)], count)
+        yield drafted
+        yield accepted
 
 
 class Metrics:

@@ -170,6 +170,19 @@ _OFF_FORMATS = ({"type": "text"}, None)
 _FORMAT_TEXT = 'Only response_format {"type": "text"} is available in this version.'
 
 
+class Prediction(Body):
+    """Text that the answer will largely repeat: drafts come from it."""
+
+    type: Literal["content"]
+    content: Content
+
+    def text(self) -> str:
+        """The predicted text."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part["text"] for part in self.content or ())
+
+
 class ChatBody(GenerationBody):
     """`POST /v1/chat/completions`."""
 
@@ -187,7 +200,7 @@ class ChatBody(GenerationBody):
         None
     )
     response_format: Annotated[Any, _only(*_OFF_FORMATS, why=_FORMAT_TEXT)] = None
-    prediction: Annotated[Any, _only(None, why="prediction is not available in this version; leave it out.")] = None
+    prediction: Prediction | None = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatBody:

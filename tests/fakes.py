@@ -8,9 +8,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from decoding.accept import Check, verify
 from decoding.admit import Hosted
 from decoding.core import EngineConfig, Rows, SpanInput
 from decoding.engine import Engine
+from decoding.judge import JudgeHead
+from decoding.sampling import Drawn
+from decoding.state import Sequence as State
 from decoding.text import TextModel
 
 EOS = 256
@@ -49,6 +53,7 @@ class TableModel:
         self.block_size = 0
         self.spans: list[list[SpanInput]] = []  # every forward's input, for tests that count
         self.broken = False
+        self.asked_hidden = False
 
     def kv_bytes_per_block(self, block_size: int) -> int:
         return block_size
@@ -72,6 +77,7 @@ class TableModel:
         if self.broken:
             raise RuntimeError("broken on purpose")
         self.spans.append(list(spans))
+        self.asked_hidden |= want_hidden
         written: set[tuple[int, int]] = set()
         for span in spans:
             for i, token in enumerate(span.token_ids):
@@ -80,14 +86,25 @@ class TableModel:
                 assert at not in written, "two spans of one tick write the same slot"
                 written.add(at)
                 self.pool[at] = token
-        rows = []
+        rows, hidden = [], []
         for span in spans:
             for offset in span.rows:
                 end = span.start + offset + 1
                 context = torch.cat([self.pool[b] for b in span.blocks])[:end].tolist()
                 assert min(context) >= 0, "a position was read before it was computed"
                 rows.append(self.row(context))
-        return Rows(torch.stack(rows) if rows else torch.zeros(0, self.width))
+                hidden.append(self.hidden(context))
+        empty = torch.zeros(0, self.width)
+        return Rows(torch.stack(rows) if rows else empty, torch.stack(hidden) if hidden and want_hidden else None)
+
+    def hidden(self, context: Sequence[int]) -> torch.Tensor:
+        """The "hidden state" [1] at the last position of `context`: whether its id is even, as +1 or -1."""
+        return torch.tensor([1.0 - 2.0 * (context[-1] % 2)])
+
+
+def verify_rows(z: torch.Tensor, sequences: Sequence[State], generator: torch.Generator) -> list[Drawn]:
+    """`verify` without drafts: one token per row of z [n, W], row i being sequence i's."""
+    return [drawn[0] for drawn in verify(z, [Check(s, i) for i, s in enumerate(sequences)], generator)]
 
 
 def random_table(seed: int, n: int = 101, width: int = 257, scale: float = 3.0) -> torch.Tensor:
@@ -96,7 +113,11 @@ def random_table(seed: int, n: int = 101, width: int = 257, scale: float = 3.0) 
 
 
 def table_engine(
-    models: dict[str, TableModel], config: EngineConfig | None = None, blocks: int | None = None, extra: int = 0
+    models: dict[str, TableModel],
+    config: EngineConfig | None = None,
+    blocks: int | None = None,
+    extra: int = 0,
+    judges: dict[str, JudgeHead] | None = None,
 ) -> Engine:
     """An engine over table models that share the byte tokenizer; `blocks`: KV blocks of each."""
     text = byte_tokenizer(extra)
@@ -108,4 +129,5 @@ def table_engine(
             for id, model in models.items()
         },
         config,
+        judges,
     )

@@ -26,5 +26,6 @@ async def model(name: str, services: Shared) -> dict[str, Any]:
 
 @router.get("/strategies", summary="What `decoding.strategy` may be.")
 async def strategies(services: Shared) -> dict[str, Any]:
-    """Every strategy with the JSON schema of its parameters."""
-    return {"object": "list", "data": services.served.strategies()}
+    """Every strategy with the JSON schema of its parameters; `speculation` combines with all of them."""
+    served = services.served
+    return {"object": "list", "data": served.strategies(), "speculation": served.speculation()}

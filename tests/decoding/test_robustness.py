@@ -72,12 +72,12 @@ def test_extreme_sampling_touches_nobody_else(extreme: dict[str, Any]) -> None:
 
 
 def test_a_request_that_cannot_be_sampled_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    import decoding.engine as module
+    import decoding.decide as module
 
-    def broken(z: torch.Tensor, sequences: Any, generator: Any) -> Any:
-        if any(s.group.request.id == "bad" for s in sequences):
+    def broken(z: torch.Tensor, checks: Any, generator: Any) -> Any:
+        if any(check.sequence.group.request.id == "bad" for check in checks):
             raise RuntimeError("broken on purpose")
-        return verify(z, sequences, generator)
+        return verify(z, checks, generator)
 
     verify = module.verify
     monkeypatch.setattr(module, "verify", broken)

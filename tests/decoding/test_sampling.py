@@ -19,9 +19,10 @@ from transformers import (
 
 from decoding.core import Policy, Program, Request, Role, Sampling, Term
 from decoding.noise import GUMBEL_MAX, Lane, gumbel, key_tensor, noise_key, uniform
-from decoding.sampling import process, token_logprobs, verify
+from decoding.sampling import Position, process, token_logprobs
 from decoding.state import Group, Sequence, Track
 from decoding.truncate import keep_mask, top_p_mask, truncate
+from tests.fakes import verify_rows as verify
 
 
 def sequence(
@@ -29,7 +30,7 @@ def sequence(
 ) -> Sequence:
     policy = Policy(tuple(Term(f"t{i}", Role("m")) for i in range(terms)))
     request = Request("r", Program("x", policy), (prompt,) * terms, sampling, "m", 1000, (1,))
-    group = Group(request, 0, policy, tuple(range(terms)), 1000, 100)
+    group = Group(request, 0, policy, tuple(range(terms)), 1000, 100, seed=sampling.seed)
     seq = Sequence(group, 0, (path,), [Track("m", prompt, b"") for _ in range(terms)], None)
     for token in output or []:
         seq.output.append(token)
@@ -173,7 +174,7 @@ def test_repetition_penalty_is_transformers_own_for_one_model() -> None:
     z = torch.randn(1, 50)
     seq = sequence(Sampling(repetition_penalty=1.7), [3, 4, 4], prompt=(7, 8))
     wanted = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([[7, 8, 3, 4, 4]]), z.clone())
-    process(z[0], seq)
+    process(z[0], Position(seq))
     assert torch.equal(z, wanted)
 
 
@@ -183,7 +184,7 @@ def test_repetition_penalty_of_a_mix_ignores_shifts() -> None:
     rows = []
     for shift in (0.0, 64.0, -64.0):
         row = z + shift
-        process(row, seq)
+        process(row, Position(seq))
         rows.append(torch.log_softmax(row, 0))
     assert torch.allclose(rows[0], rows[1], atol=1e-4)
     assert torch.allclose(rows[0], rows[2], atol=1e-4)
@@ -192,17 +193,17 @@ def test_repetition_penalty_of_a_mix_ignores_shifts() -> None:
 def test_presence_and_frequency_penalties_and_bias_are_openais() -> None:
     row = torch.zeros(10)
     params = Sampling(presence_penalty=0.5, frequency_penalty=0.25, logit_bias=((2, 3.0), (9, -1.0)))
-    process(row, sequence(params, [2, 2, 5]))
+    process(row, Position(sequence(params, [2, 2, 5])))
     assert row.tolist() == [0, 0, 3 - 0.5 - 0.5, 0, 0, -0.75, 0, 0, 0, -1]
 
 
 def test_masks_hold_whatever_the_bias() -> None:
     row = torch.zeros(10)
     params = Sampling(allowed_token_ids=(1, 3), min_tokens=2, stop_token_ids=(5,), logit_bias=((4, 100.0),))
-    process(row, sequence(params))  # id 1 is EOS in these requests
+    process(row, Position(sequence(params)))  # id 1 is EOS in these requests
     assert torch.isfinite(row).nonzero().flatten().tolist() == [3]
     row = torch.zeros(10)
-    process(row, sequence(params, [3, 3]))
+    process(row, Position(sequence(params, [3, 3])))
     assert torch.isfinite(row).nonzero().flatten().tolist() == [1, 3]
 
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from decoding.accept import verify as verify_checks
 from decoding.core import BadRequest, Delta, EngineConfig, Failed, Program, Request, Role, Sampling
 from decoding.engine import Engine
-from decoding.sampling import verify
 from decoding.solvers import Fusion
 from decoding.strategies import STRATEGIES
 from decoding.strategies.reward_guided import Arm, Objective
-from tests.fakes import EOS, TableModel, random_table, table_engine
+from tests.fakes import EOS, TableModel, random_table, table_engine, verify_rows
 
 NAMES = ("base", "expert", "anti", "other")
 CONFIG = EngineConfig(block_size=4, max_num_batched_tokens=16, max_num_seqs=64)
@@ -426,13 +426,13 @@ def test_solvers_are_plain_data() -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case[0]))
 def test_samples_follow_the_exact_distribution(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """1e5 draws from the row that the engine mixed, against softmax of the formula in float64."""
-    import decoding.engine as module
+    import decoding.decide as module
 
     caught: list[tuple[torch.Tensor, Any]] = []
 
-    def spy(z: torch.Tensor, sequences: Any, generator: torch.Generator) -> Any:
-        caught.append((z.clone(), list(sequences)))
-        return verify(z, sequences, generator)
+    def spy(z: torch.Tensor, checks: Any, generator: torch.Generator) -> Any:
+        caught.append((z.clone(), [check.sequence for check in checks]))
+        return verify_checks(z, checks, generator)
 
     monkeypatch.setattr(module, "verify", spy)
     req = requests([case], max_tokens=1, temperature=1.0, logprobs=None)[0]
@@ -443,7 +443,7 @@ def test_samples_follow_the_exact_distribution(case: Case, monkeypatch: pytest.M
     generator = torch.Generator().manual_seed(11)
     counts = np.zeros(WIDTH)
     for _ in range(10):
-        drawn = verify(z.repeat(10_000, 1), [sequence] * 10_000, generator)
+        drawn = verify_rows(z.repeat(10_000, 1), [sequence] * 10_000, generator)
         counts += np.bincount([each.token for each in drawn if each.token is not None], minlength=WIDTH)
     p = np.exp(lp(case[2](rows_of(models(), req, []))))
     assert counts[p == 0].sum() == 0

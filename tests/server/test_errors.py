@@ -27,6 +27,7 @@ def error_of(response: httpx.Response, status: int = 400) -> dict[str, Any]:
     return error
 
 
+NGRAM = {"draft": "ngram"}
 CASES: list[tuple[str, dict[str, Any], str | None, str]] = [
     (CHAT, HI | {"temprature": 1}, "temprature", "Did you mean 'temperature'"),
     (CHAT, {}, "messages", "Missing required"),
@@ -49,7 +50,8 @@ CASES: list[tuple[str, dict[str, Any], str | None, str]] = [
     (CHAT, HI | {"tools": [{"type": "function"}]}, "tools", "not available"),
     (CHAT, HI | {"tool_choice": "required"}, "tool_choice", "needs tools"),
     (CHAT, HI | {"response_format": {"type": "json_object"}}, "response_format", "Only response_format"),
-    (CHAT, HI | {"prediction": {"type": "content", "content": "x"}}, "prediction", "not available"),
+    (CHAT, HI | {"prediction": {"type": "text", "content": "x"}}, "prediction.type", "content"),
+    (CHAT, HI | {"prediction": "x"}, "prediction", "object"),
     (CHAT, HI | {"moderation": True}, "moderation", "not available"),
     (CHAT, HI | {"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs", "not allowed"),
     (CHAT, HI | {"continue_final_message": True}, None, "role 'assistant'"),
@@ -92,7 +94,17 @@ CASES: list[tuple[str, dict[str, Any], str | None, str]] = [
     (TEXT, X | {"decoding": DECODING | {"alpha": -1}}, "decoding.alpha", "--negative-weights any"),
     (TEXT, X | {"decoding": {"strategy": "proxy_tuning", "anti": "base"}}, "decoding.expert", "Missing"),
     (TEXT, X | {"decoding": DECODING | {"search": {"kind": "beam"}}}, "decoding.search", "not available"),
-    (TEXT, X | {"decoding": DECODING | {"speculation": {"draft": "expert"}}}, "decoding.speculation", "not available"),
+    (TEXT, X | {"decoding": DECODING | {"speculation": 4}}, "decoding.speculation", "must be true, false or an object"),
+    (TEXT, X | {"decoding": {"speculation": {"draft": "nobody"}}}, "decoding.speculation.draft", "ngram, prediction"),
+    (TEXT, X | {"decoding": {"speculation": {"draft": "base"}}}, "decoding.speculation.draft", "a smaller one"),
+    (TEXT, X | {"decoding": {"speculation": {"draft": "prediction"}}}, "decoding.speculation.draft", "no 'prediction'"),
+    (TEXT, X | {"decoding": {"speculation": {"tokens": 0}}}, "decoding.speculation.tokens", "from 1 to 64"),
+    (TEXT, X | {"decoding": {"speculation": {"tokens": "many"}}}, "decoding.speculation.tokens", "'auto'"),
+    (TEXT, X | {"decoding": {"speculation": {"accept": "never"}}}, "decoding.speculation.accept", "'rejection'"),
+    (TEXT, X | {"decoding": {"speculation": {"treshold": 1}}}, "decoding.speculation.treshold", "Did you mean"),
+    (TEXT, X | {"decoding": {"speculation": {"threshold": 1}}}, "decoding.speculation.threshold", "judge, kl"),
+    (TEXT, X | {"decoding": {"speculation": NGRAM | {"accept": "kl"}}}, "decoding.speculation.accept", "Name a draft"),
+    (TEXT, X | {"decoding": {"speculation": NGRAM | {"weight": 2}}}, "decoding.speculation.weight", "from 0 to 1"),
     (TEXT, X | {"decoding": {"policy": {}}}, "decoding.policy.terms", ""),
     (TEXT, X | {"decoding": {"strategy": "cfg", "negative_prompt": [{"x": 1}]}}, "decoding", "needs a role"),
     ("/tokenize", {"model": "base"}, None, "either prompt or messages"),

@@ -1,0 +1,182 @@
+"""Proposers: who drafts, token by token, before the policy is evaluated.
+
+Draft models of all sequences run together, one packed forward per model and step; a role of the policy drafts on its
+own track, and the rows that it computes on the way serve the mix. Drafts are drawn from the drafter's distribution
+after the request's own processors, evaluated with the drafted prefix.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+import torch
+
+from decoding.accept import RULES, Rule
+from decoding.core import Rows, SpanInput
+from decoding.noise import Lane
+from decoding.pace import Clock
+from decoding.sampling import Position, draw, hard_mask, kept, pick, process, processes
+from decoding.state import Draft, Group, Plan, Sequence
+
+logger = logging.getLogger("trimtab.engine")
+
+
+Forward = Callable[[str, list[SpanInput], set[Group]], Rows]
+
+
+class Proposer:
+    """Fills in the drafts of a plan. `forward` runs a model; `clock` is told what each draft step took."""
+
+    def __init__(self, forward: Forward, generator: torch.Generator, clock: Clock) -> None:
+        self._forward, self._generator, self._clock = forward, generator, clock
+
+    def propose(self, plan: Plan) -> None:
+        """Draft up to `planned` tokens for every sequence of the plan that drafts, then settle the plan's rows.
+
+        A drafter that fails drafts nothing: its requests go on without.
+        """
+        active: list[Sequence] = []
+        for sequence in plan.drafting:
+            draft = sequence.draft
+            assert draft is not None
+            if sequence.constraint is not None:
+                draft.masks.append(sequence.constraint.allowed(sequence.group.width))
+            if draft.lookup is not None:
+                for token in draft.lookup.propose(draft.planned):
+                    if not self._take(sequence, token):
+                        break
+            else:
+                active.append(sequence)
+        while active:
+            active = self._step(active)
+        for sequence in plan.drafting:
+            if sequence.constraint is not None and sequence.draft and sequence.draft.tokens:
+                sequence.constraint.rollback(len(sequence.draft.tokens))
+        plan.pack()
+
+    def _step(self, active: list[Sequence]) -> list[Sequence]:
+        """One more draft for every sequence; those that may go on."""
+        by_model: dict[str, list[Sequence]] = {}
+        for sequence in active:
+            track = sequence.draft and sequence.draft.track
+            assert track
+            by_model.setdefault(track.model, []).append(sequence)
+        left: list[Sequence] = []
+        for model, members in by_model.items():
+            began = time.perf_counter()
+            try:
+                left += self._draft(model, members)
+            except Exception:
+                logger.exception("'%s' failed to draft; its requests go on without", model)
+                for sequence in members:
+                    self._give_up(sequence)
+                continue
+            self._clock.saw(("draft", model), len(members), time.perf_counter() - began)
+        return left
+
+    def _draft(self, model: str, members: Seq[Sequence]) -> list[Sequence]:
+        spans = []
+        for sequence in members:
+            draft = sequence.draft
+            assert draft
+            assert draft.track
+            end = sequence.known(draft.track) + len(draft.tokens)
+            start = draft.track.num_computed
+            ids = sequence.ids(draft.track, start, end)
+            spans.append(SpanInput(ids, start, draft.track.blocks, [end - start - 1], draft.track.adapter))
+        logits = self._forward(model, spans, {sequence.group for sequence in members}).logits  # [n, V]
+        width = max(s.group.width for s in members)
+        z = torch.full((len(members), width), -torch.inf, device=logits.device)
+        for row, sequence in enumerate(members):
+            own = min(sequence.group.width, logits.shape[1])
+            z[row, :own] = logits[row, :own]
+        z = z.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+        chosen = self._choose(z, members)
+        left = []
+        for row, (sequence, token) in enumerate(zip(members, chosen, strict=True)):
+            draft = sequence.draft
+            assert draft
+            assert draft.track
+            if token is None or not self._take(sequence, token):
+                continue
+            draft.track.num_computed = spans[row].start + len(spans[row].token_ids)
+            if draft.role is not None:
+                draft.rows.append(logits[row])
+            if len(draft.tokens) < draft.planned and not _ends(sequence, token):
+                left.append(sequence)
+        return left
+
+    def _choose(self, z: torch.Tensor, members: Seq[Sequence]) -> list[int | None]:
+        """One draft per row of z [n, W], and what the rules want to know of its distribution; None: nothing allowed."""
+        places = [Position(s, tuple(s.draft.tokens) if s.draft else ()) for s in members]
+        rules = [_rule(s) for s in members]
+        unfiltered = {i: torch.log_softmax(z[i], 0) for i, rule in enumerate(rules) if rule.compares}
+        for row, at in enumerate(places):
+            if processes(at):
+                process(z[row], at)
+        best, first = z.max(1)
+        chosen: list[int | None] = [
+            token if ok else None for token, ok in zip(first.tolist(), torch.isfinite(best).tolist(), strict=True)
+        ]
+        hot = [i for i, at in enumerate(places) if at.sampling.temperature > 0 and chosen[i] is not None]
+        keyed = [i for i in hot if rules[i].keyed]
+        if keyed:
+            for i, token in zip(keyed, draw(z[keyed], [places[i] for i in keyed], self._generator), strict=True):
+                chosen[i] = token
+        weighed = [i for i in hot if not rules[i].keyed]
+        if weighed:
+            cut = kept(z[weighed], [places[i].sampling for i in weighed])
+            drawn = pick(cut, [places[i] for i in weighed], self._generator, Lane.DRAFT)
+            for i, token, probs in zip(weighed, drawn, torch.softmax(cut, 1), strict=True):
+                chosen[i] = token
+                self._record(members[i]).probs.append(probs)
+        for i, lp in unfiltered.items():
+            if chosen[i] is not None:
+                self._record(members[i]).logprobs.append(lp)
+        return chosen
+
+    def _record(self, sequence: Sequence) -> Draft:
+        assert sequence.draft is not None
+        return sequence.draft
+
+    def _take(self, sequence: Sequence, token: int) -> bool:
+        """Draft `token`, if the request's hard constraints allow it there."""
+        draft = self._record(sequence)
+        at = Position(sequence, tuple(draft.tokens))
+        if sequence.constraint is not None and token >= sequence.group.width:
+            return False
+        if sequence.constraint is not None:
+            mask = hard_mask(at, sequence.group.width, draft.masks[0].device)
+            if mask is not None and not bool(mask[token]):
+                return False
+            sequence.constraint.advance(token)
+            draft.masks.append(sequence.constraint.allowed(sequence.group.width))
+        draft.tokens.append(token)
+        return True
+
+    def _give_up(self, sequence: Sequence) -> None:
+        """Nothing is drafted in this tick, nor later: a drafter that failed once is not asked again."""
+        draft = self._record(sequence)
+        if sequence.constraint is not None and draft.tokens:
+            sequence.constraint.rollback(len(draft.tokens))
+        planned = draft.planned
+        draft.clear()
+        draft.planned, draft.broken = planned, True
+        if draft.track is not None:
+            draft.track.num_computed = min(draft.track.num_computed, sequence.known(draft.track) - 1)
+
+
+def _rule(sequence: Sequence) -> Rule:
+    assert sequence.draft is not None
+    return RULES[sequence.draft.spec.accept or "rejection"]
+
+
+def _ends(sequence: Sequence, token: int) -> bool:
+    """Nothing follows this token, so nothing is drafted behind it."""
+    request = sequence.group.request
+    if token in request.sampling.stop_token_ids:
+        return True
+    return token in request.eos_ids and not request.sampling.ignore_eos
