@@ -42,7 +42,7 @@ def judge(
     tasks: Annotated[int, typer.Option(min=2, help="How many sums to draw for demo data.")] = 600,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
     l2: _L2 = 10.0,
-    balanced: Annotated[bool, typer.Option(help="Let both classes weigh the same, whatever their numbers.")] = True,
+    balanced: Annotated[bool, typer.Option(help="Let both classes weigh the same; then 0.5 accepts far more.")] = False,
     held_out: Annotated[float, typer.Option(min=0.01, max=0.9, help="Share of tasks for the metrics.")] = 0.25,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:

@@ -45,7 +45,7 @@ class Job:
     stop: str | None = None
     max_tokens: int = 128
     l2: float = 10.0
-    balanced: bool = True
+    balanced: bool = False
     seed: int = 0
 
 
