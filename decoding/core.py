@@ -10,6 +10,7 @@ Exception tree::
     ├── UnknownModel        a model id that is not served (HTTP 404)
     ├── Overloaded          the queue is full (HTTP 503 with Retry-After)
     ├── ModelLoadError      a model directory cannot be loaded or would be served wrongly (start-up)
+    │   └── AdapterInUse    an adapter cannot be replaced or unloaded now (HTTP 409)
     └── EngineFailure       a request failed inside the engine (HTTP 500)
 """
 
@@ -26,6 +27,8 @@ import torch
 Message = Mapping[str, Any]  # a chat message as OpenAI defines it: {"role": ..., "content": ...}
 FinishReason = Literal["stop", "length", "abort", "error"]
 ViewKind = Literal["auto", "plain", "chat", "system", "prefix", "messages", "text"]
+MAX_WEIGHT = 1e6  # of a term; beyond it, differences of logits overflow
+SCORERS = ("reward", "prm")  # kinds of models that score texts and give no next-token distribution
 
 
 class TrimtabError(Exception):
@@ -61,6 +64,10 @@ class Overloaded(TrimtabError):
 
 class ModelLoadError(TrimtabError):
     """A model cannot be loaded, or could be loaded but would be served wrongly."""
+
+
+class AdapterInUse(ModelLoadError):
+    """An adapter cannot be replaced or unloaded while something uses it."""
 
 
 class EngineFailure(TrimtabError):
@@ -321,7 +328,10 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Engine-wide settings. Memory in bytes; `kv_memory` None takes a share of what is free after loading."""
+    """Engine-wide settings. Memory in bytes; `kv_memory` None takes a share of what is free after loading.
+
+    `adapters`: some may be loaded while it serves, which `warm_up` then prepares for.
+    """
 
     kv_memory: int | None = None
     block_size: int = 16
@@ -333,6 +343,7 @@ class EngineConfig:
     compile: bool = True
     self_check: bool = True
     threads: int | None = None
+    adapters: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -450,7 +461,8 @@ class AdapterInfo:
 class ModelInfo:
     """What the engine tells about a loaded model: `width` is the logits' width, `kv_tokens` the pool's capacity.
 
-    An adapter names the model that it is `of`; all but id and parameters are then that model's.
+    An adapter names the model that it is `of`; all but id and parameters are then that model's. One of the kinds
+    `SCORERS` can be no role of a policy.
     """
 
     id: str
@@ -461,6 +473,7 @@ class ModelInfo:
     dtype: str
     device: str
     of: str | None = None
+    kind: str = "causal"
 
 
 @dataclass(frozen=True, slots=True)

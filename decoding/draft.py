@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
 from decoding.accept import RULES
-from decoding.core import LOOKUPS, BadRequest, Program, Sampling, Speculation, UnknownModel
+from decoding.core import LOOKUPS, SCORERS, BadRequest, Program, Sampling, Speculation, UnknownModel
 from decoding.text import shared_vocabulary
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def _auto(program: Program, catalog: Mapping[str, Entry], predicted: bool, needs
         for id, entry in catalog.items()
         if id not in program.models
         and entry.info.of is None
+        and entry.info.kind not in SCORERS
         and entry.info.parameters * MODEL_SHARE <= size
         and shared_vocabulary(catalog[main].text, entry.text) is not None
     ]
@@ -78,6 +79,8 @@ def _check_model(program: Program, draft: str, prompts: Sequence[Sequence[int]],
     main = program.policy.terms[0].role.model
     if draft not in catalog:
         raise UnknownModel(draft, (*LOOKUPS, *catalog), param="decoding.speculation.draft")
+    if catalog[draft].info.kind in SCORERS:
+        _refuse("draft", f"'{draft}' is served as a scorer and gives no next-token distribution; name a causal LM.")
     if draft == main:
         _refuse("draft", f"'{draft}' is the model whose tokens are to be drafted; name a smaller one.")
     if shared_vocabulary(catalog[main].text, catalog[draft].text) is None:

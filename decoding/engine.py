@@ -24,6 +24,7 @@ import torch
 from decoding.accept import Check
 from decoding.admit import Hosted, make_group
 from decoding.core import (
+    AdapterInUse,
     BadRequest,
     Constraint,
     Delta,
@@ -174,7 +175,7 @@ class Engine:
         self.models = tuple(self._info(id) for id in self.hosted)
 
     def unload_adapter(self, id: str) -> None:
-        """Stop serving an adapter. Raises UnknownModel, and ModelLoadError while requests use it."""
+        """Stop serving an adapter. Raises UnknownModel, and AdapterInUse while requests use it."""
         held = self.hosted.get(id)
         if held is None or held.adapter is None:
             raise UnknownModel(id, [each for each, model in self.hosted.items() if model.adapter is not None])
@@ -184,9 +185,9 @@ class Engine:
         self.models = tuple(self._info(each) for each in self.hosted)
 
     def _refuse_while_used(self, id: str) -> None:
-        users = [g for g in self._groups.values() if any(term.role.adapter == id for term in g.policy.terms)]
+        users = [g for g in self._groups.values() if id in _adapters(g)]
         if users:
-            raise ModelLoadError(f"The adapter '{id}' is in use by {len(users)} requests; wait for them or abort them.")
+            raise AdapterInUse(f"The adapter '{id}' is in use by {len(users)} requests; wait for them or abort them.")
 
     def check(self) -> None:
         """Assert that every block is accounted for."""
@@ -464,6 +465,12 @@ class Engine:
             str(runner.device),
             None if adapter is None else adapter.of,
         )
+
+
+def _adapters(group: Group) -> set[str | None]:
+    """Adapters that the request uses, to draft too."""
+    drafting = {s.draft.own.adapter for s in group.sequences if s.draft is not None and s.draft.own is not None}
+    return drafting | {term.role.adapter for term in group.policy.terms}
 
 
 def _span_input(span: Span) -> SpanInput:

@@ -44,18 +44,24 @@ class Completion:
 
 
 def load_models(
-    models: Mapping[str, str] | Iterable[ModelSpec], *, compile: bool = True, self_check: bool = True
+    models: Mapping[str, str] | Iterable[ModelSpec],
+    *,
+    compile: bool = True,
+    self_check: bool = True,
+    adapters: bool = False,
 ) -> dict[str, Hosted]:
     """Load every model. `models`: id to Hugging Face directory or hub id, or full specs. Raises ModelLoadError.
 
     An adapter is a spec of its own: `ModelSpec("tuned", DIR, kind="adapter", of="base")`, served as a model `tuned`.
+    `adapters`: more may come by `Engine.load_adapter`, and compiling for them should not wait until then.
     """
     from decoding.models import load_model  # transformers takes seconds to import; fakes and tests need none of it
     from decoding.texts import base_specs, load_texts
 
     specs = [ModelSpec(id, path) for id, path in models.items()] if isinstance(models, Mapping) else list(models)
     bases = base_specs(specs)
-    runners = {id: load_model(spec, compile=compile, self_check=self_check) for id, spec in bases.items()}
+    options = {"compile": compile, "self_check": self_check, "adapters": adapters}
+    runners = {id: load_model(spec, **options) for id, spec in bases.items()}
     texts = load_texts(specs)
     hosted = {}
     for spec in specs:

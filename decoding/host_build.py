@@ -103,5 +103,9 @@ def _register_shapes() -> None:
     def linear(x: torch.Tensor, weight: torch.Tensor, _bias: torch.Tensor | None) -> torch.Tensor:
         return x.new_empty(*x.shape[:-1], weight.shape[0])
 
+    def lora(*_: object) -> None:
+        pass
+
     torch.library.register_fake("trimtab::attend", attend)
+    torch.library.register_fake("trimtab::lora", lora)
     torch.library.register_fake("trimtab::linear", linear)

@@ -14,12 +14,24 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from decoding.core import ModelLoadError
 
 log = logging.getLogger(__name__)
+# What a checkpoint's class says it does instead of predicting the next token, and the kind of entry that it is, if any.
+OTHER_HEADS = {
+    "ForSequenceClassification": ("has a head that scores whole texts", "reward"),
+    "ForTokenClassification": ("has a head that labels tokens", "prm"),
+    "ForProcessRewardModel": ("has a head that scores steps", "prm"),
+    "RewardModel": ("has a head that scores whole texts", "reward"),
+    "ForQuestionAnswering": ("has a head that marks spans", None),
+    "ForMultipleChoice": ("has a head that scores whole texts", None),
+    "ForMaskedLM": ("is an encoder that fills gaps", None),
+    "Model": ("has no head at all (encoders and embedding models are of this kind)", None),
+}
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
 def causal_class(config: Any) -> type[PreTrainedModel]:
     """The causal LM class of `config`. Raises ModelLoadError when there is none, or none that can be served."""
     kind = str(config.model_type)
+    _check_head(config)
     known = AutoModelForCausalLM._model_mapping
     if getattr(config, "is_encoder_decoder", False):
         raise ModelLoadError(f"{kind} is an encoder-decoder; only decoder-only language models are served.")
@@ -34,6 +46,20 @@ def causal_class(config: Any) -> type[PreTrainedModel]:
     if config.get_text_config() is not config:
         raise ModelLoadError(f"{kind} is multimodal; only text models are served (look for its text-only checkpoint).")
     return found
+
+
+def _check_head(config: Any) -> None:
+    """The checkpoint is of a causal LM: transformers would make one of any, with a head of random or tied weights."""
+    for name in getattr(config, "architectures", None) or ():
+        if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+            return
+        for ending, (what, kind) in OTHER_HEADS.items():
+            if name.endswith(ending):
+                its = f"its kind is {kind}, not causal" if kind else "no kind of entry serves it"
+                raise ModelLoadError(
+                    f"it is a {name}, which {what} and gives no next-token distribution: {its}. A causal language "
+                    "model is needed here; to steer every token by a reward, an autoregressive reward model is one."
+                )
 
 
 def _check_layer_types(kind: str, config: Any) -> None:

@@ -61,51 +61,65 @@ void add_rows(const float* weights, const T* up, int64_t rank, int64_t n, T* y) 
   }
 }
 
+// One adapter on one linear layer, a row of the table: addresses of down [rank, in] and up [rank, out]; rank 0 for none.
+struct Part {
+  int64_t down, up, rank;
+};
+
 template <class T>
-void lora_typed(const Tensor& x, Tensor& y, const Tensor& down, const Tensor& up, const int64_t* ranges) {
-  const int64_t in = down.size(1), width = up.size(1), tokens = x.numel() / in;
-  const T *xs = static_cast<const T*>(x.data_ptr()), *downs = static_cast<const T*>(down.data_ptr());
-  const T* ups = static_cast<const T*>(up.data_ptr());
+void lora_typed(const Tensor& x, Tensor& y, const Part* parts, const int64_t* owners, int64_t tokens) {
+  const int64_t in = x.size(x.dim() - 1), width = y.size(y.dim() - 1);
+  const T* xs = static_cast<const T*>(x.data_ptr());
   T* ys = static_cast<T*>(y.data_ptr());
+  const Part none{0, 0, 0};
+  auto part = [&](int64_t t) -> const Part& { return owners[t] < 0 ? none : parts[owners[t]]; };
   int64_t rows = 0;
-  for (int64_t t = 0; t < tokens; t++) rows += ranges[2 * t + 1] - ranges[2 * t];
+  for (int64_t t = 0; t < tokens; t++) rows += part(t).rank;
   const int64_t each = std::max<int64_t>(1, rows * (in + width) / std::max<int64_t>(1, tokens));
   const int64_t grain = std::max<int64_t>(1, 65536 / each);
   torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> weights;
     for (int64_t t = begin; t < end; t++) {
-      const int64_t first = ranges[2 * t], rank = ranges[2 * t + 1] - first;
+      const int64_t rank = part(t).rank;
+      if (rank == 0) continue;
+      const T *down = reinterpret_cast<const T*>(part(t).down), *up = reinterpret_cast<const T*>(part(t).up);
       weights.resize(rank);
       for (int64_t r = 0; r < rank; r++) {
-        fetch(ups + (first + r) * width, width);  // the next to be read, while this one is multiplied
-        if (r + 1 < rank) fetch(downs + (first + r + 1) * in, in);
-        weights[r] = dot_rows(xs + t * in, downs + (first + r) * in, in);
+        fetch(up + r * width, width);  // the next to be read, while this one is multiplied
+        if (r + 1 < rank) fetch(down + (r + 1) * in, in);
+        weights[r] = dot_rows(xs + t * in, down + r * in, in);
       }
-      if (t + 1 < end) fetch(downs + ranges[2 * t + 2] * in, ranges[2 * t + 3] > ranges[2 * t + 2] ? in : 0);
-      if (rank > 0) add_rows(weights.data(), ups + first * width, rank, width, ys + t * width);
+      if (t + 1 < end && part(t + 1).rank > 0) fetch(reinterpret_cast<const T*>(part(t + 1).down), in);
+      add_rows(weights.data(), up, rank, width, ys + t * width);
     }
   });
 }
 
-// x [.., in] and y [.., out] of T tokens, down [K, in], up [K, out], ranges [T, 2] int64 on the CPU: the rows of token t's adapter.
-void lora(const Tensor& x, Tensor y, const Tensor& down, const Tensor& up, const Tensor& ranges) {
+// x [.., in] and y [.., out] of T tokens; table [linears, slots, 3] int64, each slot a Part; owners [T] int64 on the CPU: the
+// slot of token t's adapter, -1 for none. Addresses instead of tensors, so that a compiled forward has one input for all
+// adapters on all layers, and adapters may come and go under it; `lora.Loras` keeps the tensors alive.
+void lora(const Tensor& x, Tensor y, const Tensor& table, int64_t linear, const Tensor& owners) {
   const bool wide = y.scalar_type() == ScalarType::Float;
   STD_TORCH_CHECK(wide || y.scalar_type() == ScalarType::BFloat16, "lora: float32 or bfloat16");
-  STD_TORCH_CHECK(x.scalar_type() == y.scalar_type() && down.scalar_type() == y.scalar_type() &&
-                      up.scalar_type() == y.scalar_type(), "lora: all in one dtype");
-  STD_TORCH_CHECK(y.is_contiguous() && down.is_contiguous() && up.is_contiguous() && ranges.is_contiguous(),
-                  "lora: all contiguous");
-  STD_TORCH_CHECK(ranges.scalar_type() == ScalarType::Long && down.size(0) == up.size(0) &&
-                      x.numel() == ranges.size(0) * down.size(1) && y.numel() == ranges.size(0) * up.size(1),
+  STD_TORCH_CHECK(x.scalar_type() == y.scalar_type(), "lora: both in one dtype");
+  STD_TORCH_CHECK(y.is_contiguous() && table.is_contiguous() && owners.is_contiguous(), "lora: all contiguous");
+  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Long && owners.scalar_type() == ScalarType::Long &&
+                      table.dim() == 3 && table.size(2) == 3 && linear >= 0 && linear < table.size(0),
+                  "lora: a table of layers and adapters");
+  const int64_t tokens = owners.numel(), slots = table.size(1);
+  STD_TORCH_CHECK(x.numel() == tokens * x.size(x.dim() - 1) && y.numel() == tokens * y.size(y.dim() - 1),
                   "lora: an adapted layer did not see every token of the batch");
+  const int64_t* owner = static_cast<const int64_t*>(owners.data_ptr());
+  for (int64_t t = 0; t < tokens; t++) STD_TORCH_CHECK(owner[t] < slots, "lora: no such adapter");
+  const Part* parts = static_cast<const Part*>(table.data_ptr()) + linear * slots;
   const Tensor input = torch::stable::contiguous(x);
-  (wide ? lora_typed<float> : lora_typed<bf16>)(input, y, down, up, static_cast<const int64_t*>(ranges.data_ptr()));
+  (wide ? lora_typed<float> : lora_typed<bf16>)(input, y, parts, owner, tokens);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(trimtab, m) {
-  m.def("lora(Tensor x, Tensor(a!) y, Tensor down, Tensor up, Tensor ranges) -> ()");
+  m.def("lora(Tensor x, Tensor(a!) y, Tensor table, int linear, Tensor owners) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(trimtab, CPU, m) { m.impl("lora", TORCH_BOX(&lora)); }

@@ -1,14 +1,15 @@
 """LoRA on a hosted model without merging: y += (x down_i^T) up_i for the tokens of adapter i, all in one forward.
 
-Every adapted layer keeps the matrices of all its adapters stacked along the rank, so that a decode batch with many
-adapters is one call (a kernel on a CPU, else two products and a mask), and a few long stretches are two products each
-(S-LoRA, arXiv:2311.03285, has the same two cases). PEFT's mixed batches choose an adapter per batch row; a packed
-batch is a single row.
+A decode batch with many adapters is one call a layer: on a CPU a kernel that is told where each adapter's matrices lie,
+elsewhere two products over the matrices of all adapters, stacked along the rank, and a mask. A few long stretches are
+two products each (S-LoRA, arXiv:2311.03285, has the same two cases). PEFT's mixed batches choose an adapter per batch
+row; a packed batch is a single row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,39 +23,46 @@ from decoding.attention import Tensor
 from decoding.core import SpanInput
 
 FEW_TOKENS = 64  # up to here every token meets every adapter: more products, but a few calls only
+PROBE = "\0probe"  # no id of a model's
 
 
 @dataclass(slots=True)
 class Chosen:
     """Which adapter each token of one packed batch uses.
 
-    runs: (adapter, first token, end) in order, none for tokens without one. For few tokens there is one of two
-    tensors per layout, otherwise the runs are taken: masks [T, K], 1 where the token's adapter owns the column and 0
-    elsewhere, or for the CPU kernel ranges [T, 2] int64, first and last + 1 of the columns that it owns.
+    runs: (adapter, first token, end) in order, none for tokens without one. Few tokens have something better: for the
+    CPU kernel `owners` [T] int64, the place of the token's adapter in `table` or -1; elsewhere `masks` [T, K], one per
+    layout, 1 where the token's adapter owns the column and 0 elsewhere.
     """
 
     tokens: int
     runs: tuple[tuple[str, int, int], ...]
     masks: tuple[Tensor, ...] = ()
-    ranges: tuple[Tensor, ...] = ()
+    owners: Tensor | None = None
+    table: Tensor | None = None
 
 
 @dataclass(slots=True)
 class LoraLayer:
-    """One linear layer's adapters: down [K, in], up [K, out], each adapter's rows of both, K the sum of their ranks.
+    """The adapters of linear layer `number`; where there is no kernel, also stacked: down [K, in], up [K, out].
 
-    layout: which of the set's masks fits, the same for layers with equally many rows of the same adapters.
+    K is the sum of their ranks. layout: which of the set's masks fits, the same for layers with equally many rows of
+    the same adapters.
     """
 
-    down: Tensor
-    up: Tensor
+    number: int
+    down: Tensor | None = None
+    up: Tensor | None = None
     loras: dict[str, Lora] = field(default_factory=dict)
     layout: int = 0
 
     def stack(self) -> None:
         """Lay the adapters' matrices behind each other; the adapters then hold views of the stack, not copies."""
-        self.down = torch.cat([self.down[:0], *(lora.down for lora in self.loras.values())])
-        self.up = torch.cat([self.up[:0], *(lora.up for lora in self.loras.values())])
+        self.down = self.up = None
+        if not self.loras:
+            return
+        self.down = torch.cat([lora.down for lora in self.loras.values()])
+        self.up = torch.cat([lora.up for lora in self.loras.values()])
         end = 0
         for id, lora in self.loras.items():
             start, end = end, end + lora.down.shape[0]
@@ -62,13 +70,15 @@ class LoraLayer:
 
     def add(self, x: Tensor, y: Tensor, chosen: Chosen) -> Tensor:
         """x [.., in], y [.., out] the layer's own output, which is written to -> y with the adapters' share."""
-        if chosen.ranges:
-            torch.ops.trimtab.lora.default(x, y, self.down, self.up, chosen.ranges[self.layout])
+        if chosen.owners is not None:
+            torch.ops.trimtab.lora.default(x, y, chosen.table, self.number, chosen.owners)
             return y
         inputs, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         if inputs.shape[0] != chosen.tokens:
             raise RuntimeError(f"an adapted layer saw {inputs.shape[0]} of {chosen.tokens} tokens")
         if chosen.masks:
+            assert self.down is not None
+            assert self.up is not None
             out.addmm_((inputs @ self.down.T).mul_(chosen.masks[self.layout]), self.up)
             return y
         for id, start, end in chosen.runs:
@@ -87,9 +97,12 @@ class Loras:
         self.linears = dict(_linears(model, head))
         self.adapters: dict[str, Adapter] = {}
         self.chosen: Chosen | None = None
-        self._layers: dict[str, LoraLayer] = {}
-        self._hooks: dict[str, Any] = {}
+        # Layers and hooks stay, whichever are in use: a compiled forward may have seen them.
+        self._layers = {name: LoraLayer(number) for number, name in enumerate(self.linears)}
+        self._hooks = {name: partial(_hook, self, layer) for name, layer in self._layers.items()}
+        self._hooked: dict[str, Any] = {}
         self._layouts: list[tuple[tuple[str, int], ...]] = []
+        self._table = self._addresses()
 
     def sizes(self) -> Mapping[str, tuple[int, int]]:
         """(in, out) of every layer that may be adapted."""
@@ -100,30 +113,40 @@ class Loras:
         if id in self.adapters:
             self.remove(id)
         for name, lora in adapter.modules.items():
-            if name not in self._layers:
-                layer = self._layers[name] = LoraLayer(lora.down[:0], lora.up[:0])
-                self._hooks[name] = self.linears[name].register_forward_hook(partial(_hook, self, layer))
+            if name not in self._hooked:
+                self._hooked[name] = self.linears[name].register_forward_hook(self._hooks[name])
             self._layers[name].loras[id] = lora
-            self._layers[name].stack()
         # The layers hold the only copy: the record keeps what describes it.
         self.adapters[id] = Adapter({}, adapter.generation)
-        self._number_layouts()
+        self._arrange(adapter.modules)
 
     def remove(self, id: str) -> None:
         """Unload an adapter; layers without one are as they were before."""
         del self.adapters[id]
-        for name, layer in list(self._layers.items()):
-            if layer.loras.pop(id, None) is None:
-                continue
-            layer.stack()
-            if not layer.loras:
-                del self._layers[name]
-                self._hooks.pop(name).remove()
-        self._number_layouts()
+        changed = [name for name, layer in self._layers.items() if layer.loras.pop(id, None) is not None]
+        for name in changed:
+            if not self._layers[name].loras:
+                self._hooked.pop(name).remove()
+        self._arrange(changed)
+
+    @contextmanager
+    def probe(self, like: Tensor) -> Iterator[str]:
+        """The id of an adapter of rank 1 on every layer, for as long as the context is open."""
+        noise, modules = torch.Generator().manual_seed(0), {}
+        for name, (size, width) in self.sizes().items():
+            down = torch.randn(1, size, generator=noise) * size**-0.5
+            up = torch.randn(1, width, generator=noise) * 0.1
+            modules[name] = Lora(down.to(like), up.to(like))
+        self.add(PROBE, Adapter(modules, ""))
+        try:
+            yield PROBE
+        finally:
+            self.remove(PROBE)
 
     def bytes(self) -> int:
-        """Memory of all stacks."""
-        return sum(part.nbytes for layer in self._layers.values() for part in (layer.down, layer.up))
+        """Memory of all adapters."""
+        held = [lora for layer in self._layers.values() for lora in layer.loras.values()]
+        return sum(lora.down.nbytes + lora.up.nbytes for lora in held)
 
     def choose(self, spans: Sequence[SpanInput], like: Tensor) -> Chosen | None:
         """What a forward of `spans` uses; None if no span names an adapter. Raises KeyError for one not loaded."""
@@ -143,42 +166,55 @@ class Loras:
         if end > FEW_TOKENS:
             return Chosen(end, tuple(runs))
         if self._kernel:
-            return Chosen(end, tuple(runs), ranges=self._ranges(runs, end))
+            return Chosen(end, tuple(runs), owners=torch.tensor(self._owners(runs, end)), table=self._table)
         # A mask has every loaded adapter multiplied once, runs have theirs once each.
         masked = len(self.adapters) <= 2 * len(runs)
         return Chosen(end, tuple(runs), self._masks(runs, end, like) if masked else ())
 
-    def _masks(self, runs: Sequence[tuple[str, int, int]], tokens: int, like: Tensor) -> tuple[Tensor, ...]:
-        numbers = {id: i + 1 for i, id in enumerate(self.adapters)}
-        owners = [0] * tokens
+    def _owners(self, runs: Sequence[tuple[str, int, int]], tokens: int) -> list[int]:
+        """Place of each token's adapter among those loaded, -1 for none."""
+        places = {id: i for i, id in enumerate(self.adapters)}
+        owners = [-1] * tokens
         for id, start, end in runs:
-            owners[start:end] = [numbers[id]] * (end - start)
-        token = torch.tensor(owners, device=like.device)
+            owners[start:end] = [places[id]] * (end - start)
+        return owners
+
+    def _masks(self, runs: Sequence[tuple[str, int, int]], tokens: int, like: Tensor) -> tuple[Tensor, ...]:
+        places = {id: i for i, id in enumerate(self.adapters)}
+        token = torch.tensor(self._owners(runs, tokens), device=like.device)
         masks = []
         for layout in self._layouts:
-            columns = torch.tensor([numbers[id] for id, rank in layout for _ in range(rank)], device=like.device)
+            columns = torch.tensor([places[id] for id, rank in layout for _ in range(rank)], device=like.device)
             masks.append((token[:, None] == columns).to(like.dtype))  # [T, K]
         return tuple(masks)
 
-    def _ranges(self, runs: Sequence[tuple[str, int, int]], tokens: int) -> tuple[Tensor, ...]:
-        found = []
-        for layout in self._layouts:
-            columns, first = {}, 0
-            for id, rank in layout:
-                columns[id], first = [first, first + rank], first + rank
-            rows = [[0, 0]] * tokens
-            for id, start, end in runs:
-                rows[start:end] = [columns.get(id, [0, 0])] * (end - start)
-            found.append(torch.tensor(rows))  # [T, 2]
-        return tuple(found)
-
-    def _number_layouts(self) -> None:
+    def _arrange(self, changed: Iterable[str]) -> None:
+        """What the forwards read, after the adapters of the layers `changed` have changed."""
+        if self._kernel:
+            self._table = self._addresses()
+            return
+        for name in changed:
+            self._layers[name].stack()
         self._layouts = []
-        for layer in self._layers.values():
+        for layer in filter(lambda layer: layer.loras, self._layers.values()):
             layout = tuple((id, lora.down.shape[0]) for id, lora in layer.loras.items())
             if layout not in self._layouts:
                 self._layouts.append(layout)
             layer.layout = self._layouts.index(layout)
+
+    @torch.inference_mode()  # always: a compiled forward tells such tensors from others
+    def _addresses(self) -> Tensor:
+        """[linears, places, 3] int64: where each adapter's down and up lie on each layer, and its rank, 0 for none.
+
+        At least two places: sizes of 0 and 1 would be compiled in.
+        """
+        nothing = (0, 0, 0)
+        rows = []
+        for layer in self._layers.values():
+            loras = [layer.loras.get(id) for id in self.adapters]
+            row = [(a.down.data_ptr(), a.up.data_ptr(), a.down.shape[0]) if a is not None else nothing for a in loras]
+            rows.append(row + [nothing] * (2 - len(row)))
+        return torch.tensor(rows, dtype=torch.int64).view(len(rows), max(2, len(self.adapters)), 3)
 
 
 def _hook(loras: Loras, layer: LoraLayer, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

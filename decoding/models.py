@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from decoding.core import ModelLoadError, ModelSpec
+from decoding.core import SCORERS, ModelLoadError, ModelSpec
 from decoding.host_gate import causal_class, context_limit
 from decoding.runner import Runner
 from decoding.selfcheck import check_twin, check_weights, own_logits
@@ -26,21 +26,27 @@ CAUSAL_KINDS = frozenset({"causal", "guard", "judge", "self_eval"})
 PROMPT_TOKENS = 16
 
 
-def load_model(spec: ModelSpec, *, compile: bool = True, self_check: bool = True) -> Runner:
+def load_model(spec: ModelSpec, *, compile: bool = True, self_check: bool = True, adapters: bool = False) -> Runner:
     """Load, gate and check one model. With `compile`, `Runner.warm_up` will compile; nothing is compiled here.
 
+    `adapters`: some may be loaded later, so that compiling for them is part of the warm-up.
     Raises ModelLoadError, with a sentence that says what is wrong, for anything that would not be served exactly.
     """
     try:
-        return _load(spec, compile, self_check)
+        return _load(spec, compile, self_check, adapters)
     except ModelLoadError as error:
         message = str(error)
         raise error if message.startswith("Model '") else ModelLoadError(f"Model '{spec.id}': {message}") from error
 
 
-def _load(spec: ModelSpec, compile: bool, self_check: bool) -> Runner:
+def _load(spec: ModelSpec, compile: bool, self_check: bool, adapters: bool) -> Runner:
+    if spec.kind in SCORERS:
+        raise ModelLoadError(
+            f"models of kind '{spec.kind}' score texts, and scorers are not served in this version; a reward that "
+            "steers every token is an autoregressive reward model, a causal LM (kind causal)."
+        )
     if spec.kind not in CAUSAL_KINDS:
-        raise ModelLoadError(f"kind '{spec.kind}' is not served; a causal LM is needed ({', '.join(CAUSAL_KINDS)}).")
+        raise ModelLoadError(f"kind '{spec.kind}' is not one of {', '.join(sorted(CAUSAL_KINDS))}.")
     config = read_config(spec)
     kind = causal_class(config)
     length = context_limit(config, spec.max_model_len)
@@ -51,7 +57,7 @@ def _load(spec: ModelSpec, compile: bool, self_check: bool) -> Runner:
     model = read_weights(spec, kind, config, dtype).to(device)
     ids = torch.arange(2 * PROMPT_TOKENS, device=device).view(2, -1) * 7919 % int(model.config.vocab_size)
     expected = own_logits(model, ids) if self_check else None
-    runner = Runner(model, spec.id, length, compile=compile)
+    runner = Runner(model, spec.id, length, compile=compile, adapters=adapters)
     if expected is not None:
         runner.allocate(2, PROMPT_TOKENS)
         try:

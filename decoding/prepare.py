@@ -12,7 +12,18 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from decoding.core import BadRequest, Constraint, ModelInfo, Program, Request, Sampling, Term, UnknownModel
+from decoding.core import (
+    MAX_WEIGHT,
+    SCORERS,
+    BadRequest,
+    Constraint,
+    ModelInfo,
+    Program,
+    Request,
+    Sampling,
+    Term,
+    UnknownModel,
+)
 from decoding.draft import settle_speculation
 from decoding.text import Prompt, TextModel, shared_vocabulary
 
@@ -27,7 +38,6 @@ class Entry:
 
 Catalog = Mapping[str, Entry]
 MAX_TERMS = 32  # each is rendered and tokenised, and takes a track
-MAX_WEIGHT = 1e6  # beyond it, differences of logits overflow
 
 
 def prepare(
@@ -53,11 +63,7 @@ def prepare(
     if len(terms) > MAX_TERMS:
         raise BadRequest(f"The policy has {len(terms)} terms; at most {MAX_TERMS} can be mixed.", "decoding")
     for term in terms:
-        if abs(term.weight) > MAX_WEIGHT:
-            message = f"The weight of '{term.name}' is {term.weight:g}; weights go up to {MAX_WEIGHT:g}."
-            raise BadRequest(message, "decoding")
-        if term.role.model not in catalog:
-            raise UnknownModel(term.role.model, tuple(catalog), param=f"decoding.{term.name}")
+        check_term(term, terms[0].role.model, catalog, f"decoding.{term.name}")
     width = shared_width(program, catalog)
     check_sampling(sampling, width)
     prompts = []
@@ -85,20 +91,38 @@ def prepare(
     )
 
 
+def check_term(term: Term, main: str, catalog: Catalog, param: str) -> None:
+    """Whether `term` can be mixed with `main`, the policy's first model; `param` is what names its model.
+
+    Raises UnknownModel, and BadRequest for a model that gives no next-token distribution or one over other tokens.
+    """
+    model = term.role.model
+    if model not in catalog:
+        raise UnknownModel(model, tuple(catalog), param=param)
+    kind = catalog[model].info.kind
+    if kind in SCORERS:
+        raise BadRequest(
+            f"'{model}' is served as a scorer (kind {kind}): it scores whole texts and gives no next-token "
+            "distribution. A policy needs causal language models here; a reward that steers every token has to be an "
+            "autoregressive reward model, which is one. A scorer of whole texts belongs where a 'scorer' is asked for.",
+            param,
+        )
+    if abs(term.weight) > MAX_WEIGHT:
+        raise BadRequest(f"The weight of '{term.name}' is {term.weight:g}; weights go up to {MAX_WEIGHT:g}.", param)
+    if main in catalog and shared_vocabulary(catalog[main].text, catalog[model].text) is None:
+        raise BadRequest(
+            f"The models '{main}' and '{model}' cannot be mixed: their tokenizers give different tokens to the same "
+            "ids. Name models of one family.",
+            param,
+        )
+
+
 def shared_width(program: Program, catalog: Catalog) -> int:
-    """Width of the mixed logits: the narrowest model's. Raises BadRequest if two models' tokenizers differ.
+    """Width of the mixed logits of terms that `check_term` has passed: the narrowest model's.
 
     Where one tokenizer is shorter than another, its padding ids are the other's tokens, so it limits the width too.
     """
     models = program.models
-    main = catalog[models[0]]
-    for model in models[1:]:
-        if shared_vocabulary(main.text, catalog[model].text) is None:
-            raise BadRequest(
-                f"The models '{models[0]}' and '{model}' cannot be mixed: their tokenizers give different tokens to "
-                "the same ids. Name models of one family.",
-                "decoding",
-            )
     width = min(catalog[model].info.width for model in models)
     lengths = {len(catalog[model].text.vocabulary.tokens) for model in models}
     return width if len(lengths) == 1 else min(width, *lengths)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,10 +20,10 @@ from decoding.adapters import read_adapter
 from decoding.attention import Batch, HostedLayer, Tensor, attend_kernel, attend_reference, make_batch, make_pool
 from decoding.core import AdapterInfo, ModelLoadError, Rows, SpanInput
 from decoding.host_build import load_kernels
-from decoding.host_compile import CompiledForward
+from decoding.host_compile import CompiledForward, mark_pools
 from decoding.host_linear import FEW_ROWS, use_few_rows
 from decoding.host_probe import probe
-from decoding.lora import Loras
+from decoding.lora import Chosen, Loras
 
 log = logging.getLogger(__name__)
 COMPILED_CHUNK = 16  # longest chunk that is compiled although not all of its rows are wanted
@@ -44,11 +45,12 @@ class Runner:
         *,
         compile: bool = True,
         kernels: bool = True,
+        adapters: bool = False,
     ) -> None:
         """Takes ownership of `model`: its attention implementation becomes this runner's.
 
-        `compile` False makes `warm_up` do nothing, `kernels` False keeps to plain torch. Raises ModelLoadError when
-        the model's attention cannot be hosted.
+        `compile` False makes `warm_up` do nothing, `kernels` False keeps to plain torch, `adapters` has `warm_up`
+        prepare for adapters that come later. Raises ModelLoadError when the model's attention cannot be hosted.
         """
         self.id = id
         self.model = model.eval().requires_grad_(False)
@@ -61,6 +63,8 @@ class Runner:
         self._batch: Batch | None = None
         self._kept: Tensor | None = None
         self._may_compile = compile
+        self._expects_adapters = adapters
+        self._adapters_tried = False
         self._compiled: CompiledForward | None = None
         self._takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._name = _free_name()
@@ -88,6 +92,7 @@ class Runner:
         """Bytes of one block of `block_size` positions over all layers."""
         return sum(layer.spec.elements for layer in self.layers) * block_size * self.dtype.itemsize
 
+    @torch.inference_mode(False)  # always: a compiled forward tells inference tensors from others
     def allocate(self, num_blocks: int, block_size: int) -> None:
         """Make the pool of `num_blocks` blocks, numbered from 0; drops an earlier one."""
         self.block_size = block_size
@@ -116,13 +121,16 @@ class Runner:
     def load_adapter(self, id: str, path: str) -> AdapterInfo:
         """Load the PEFT LoRA directory `path` as `id`, in place of an earlier one; spans may then name it.
 
-        Forwards without an adapter are not touched. Raises ModelLoadError, and then nothing has changed.
+        Forwards without an adapter are not touched. After `warm_up`, the first adapter of a model that did not expect
+        any takes the seconds of compiling a forward for it. Raises ModelLoadError, and then nothing has changed.
         """
         try:
             adapter = read_adapter(path, self.loras.sizes(), self._like)
         except ModelLoadError as error:
             raise ModelLoadError(f"Adapter '{id}' of '{self.id}': {error}") from error
         self.loras.add(id, adapter)
+        if self._compiled is not None:
+            self._compile_for_adapters(self._compiled)
         return AdapterInfo(self.id, adapter.generation, adapter.parameters)
 
     def unload_adapter(self, id: str) -> None:
@@ -138,55 +146,83 @@ class Runner:
         Spans of one forward must not write the same block. Logits [R, width], hidden [R, hidden_size].
         """
         assert self.layers[0].keys.numel(), "allocate() comes first"
-        batch = make_batch(spans, self.block_size, self.device, grouped=not self._kernels)
-        self.loras.chosen = self.loras.choose(spans, self._like)
-        try:
-            logits, hidden = self._compute(batch)
-        finally:
-            self.loras.chosen = None
+        logits, hidden = self._compute(*self._pack(spans))
         return Rows(logits, hidden if want_hidden else None)
 
     def warm_up(self) -> bool:
         """Compile the forward of few tokens, before traffic; False if the model stays eager.
 
-        Takes seconds to a minute, less when torch's on-disk cache has seen the model. Call it after `allocate`,
-        while no block is in use: it writes to blocks 0 and 1.
+        Takes seconds to a minute, less when torch's on-disk cache has seen the model. The pool is not touched.
         """
-        if self.parameters < COMPILE_FROM:
+        if not (self._may_compile and self._kernels) or self.parameters < COMPILE_FROM:
             return False
-        room = self.layers[0].keys.shape[0] >= 2
-        if not (self._may_compile and self._kernels and room) or self._compiled is not None:
-            return self._compiled is not None
-        several = [SpanInput([1], 0, [0], [0]), SpanInput([1, 2], 0, [1], [0, 1])]
-        cases = [several[:1], several]
-        expected = [self.forward(case).logits for case in cases]
-        bound = 4 * torch.finfo(self.dtype).eps * len(self.layers) ** 0.5 + 1e-4
-        try:
-            self._compiled = CompiledForward(self._packed, self.layers, FEW_ROWS)
-            for case, want in zip(cases * 2, expected * 2):  # twice: the second time without guards
-                got = self.forward(case).logits
-                if not (got - want).float().norm() <= bound * want.float().norm():
-                    raise RuntimeError("the compiled forward differs from the eager one")
-        except Exception as error:
-            log.warning("Model '%s' stays eager, compiling it failed: %s", self.id, str(error)[:300])
-            self._compiled = self._batch = self._kept = None
+        if self._compiled is None:
+            compiled = CompiledForward(self._packed, FEW_ROWS)
+            spans = [SpanInput([1], 0, [0], [0]), SpanInput([1, 2], 0, [1], [0, 1])]
+            self._compiled = compiled if self._agrees(compiled, [spans[:1], spans]) else None
+        if self._compiled is not None and (self._expects_adapters or self.loras.adapters):
+            self._compile_for_adapters(self._compiled)
         return self._compiled is not None
 
-    def _compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _compile_for_adapters(self, compiled: CompiledForward) -> None:
+        """Once: the compiled forward then serves whichever adapters come and go, on whichever layers."""
+        if self._adapters_tried:
+            return
+        self._adapters_tried = True
+        with self.loras.probe(self._like) as probe:
+            one = SpanInput([1], 0, [0], [0], probe)
+            several = [SpanInput([1], 0, [0], [0]), SpanInput([1, 2], 0, [1], [0, 1], probe)]
+            if not self._agrees(compiled, [several, [one]]):
+                compiled.made.discard("adapted")
+
+    def _agrees(self, compiled: CompiledForward, cases: Sequence[Sequence[SpanInput]]) -> bool:
+        """Compile what `cases` need, and compare it with the eager forward; they use the first two blocks of a pool."""
+        bound = 4 * torch.finfo(self.dtype).eps * len(self.layers) ** 0.5 + 1e-4
+        try:
+            with self._scratch_pool(), torch.inference_mode():
+                mark_pools(self.layers)
+                for case in [*cases, *cases]:  # twice: the second time without guards
+                    batch, chosen = self._pack(case)
+                    (got, _), (want, _) = compiled(batch, chosen), self._packed(batch, chosen)
+                    if not (got - want).float().norm() <= bound * want.float().norm():
+                        raise RuntimeError("the compiled forward differs from the eager one")
+        except Exception as error:
+            log.warning("Model '%s' stays eager, compiling it failed: %s", self.id, str(error)[:300])
+            return False
+        finally:
+            self._batch = self._kept = self.loras.chosen = None
+        return True
+
+    @contextmanager
+    def _scratch_pool(self) -> Iterator[None]:
+        """Two blocks in place of the pool, whose blocks may be in use."""
+        pools = [(layer.keys, layer.values) for layer in self.layers]
+        self.allocate(2, self.block_size)
+        try:
+            yield
+        finally:
+            for layer, (keys, values) in zip(self.layers, pools, strict=True):
+                layer.keys, layer.values = keys, values
+
+    def _pack(self, spans: Sequence[SpanInput]) -> tuple[Batch, Chosen | None]:
+        batch = make_batch(spans, self.block_size, self.device, grouped=not self._kernels)
+        return batch, self.loras.choose(spans, self._like)
+
+    def _compute(self, batch: Batch, chosen: Chosen | None) -> tuple[Tensor, Tensor]:
         """logits [R, width], hidden [R, hidden_size] of the batch's rows, by the compiled forward where it pays.
 
         The compiled forward applies the head to every token, so long chunks with few rows go without it.
         """
-        compiled = self._compiled if self.loras.chosen is None else None
-        tokens = batch.slots.shape[0]
-        if compiled is None or tokens > (compiled.max_tokens if batch.rows is None else COMPILED_CHUNK):
-            return self._packed(batch)
-        logits, hidden = compiled(batch)
+        compiled, tokens = self._compiled, batch.slots.shape[0]
+        pays = batch.rows is None or tokens <= COMPILED_CHUNK
+        if compiled is None or not pays or not compiled.takes(tokens, chosen):
+            return self._packed(batch, chosen)
+        logits, hidden = compiled(batch, chosen)
         return (logits, hidden) if batch.rows is None else (logits[batch.rows], hidden[batch.rows])
 
-    def _packed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _packed(self, batch: Batch, chosen: Chosen | None) -> tuple[Tensor, Tensor]:
         """logits [R, width], hidden [R, hidden_size]: the model's own forward, with our attention."""
-        self._batch, rows = batch, batch.rows
+        self._batch, self.loras.chosen, rows = batch, chosen, batch.rows
         keep = {"logits_to_keep": rows} if self._takes_rows and rows is not None else {}
         output = self.model(
             input_ids=batch.token_ids, position_ids=batch.positions, use_cache=False, return_dict=True, **keep
@@ -194,7 +230,7 @@ class Runner:
         logits, hidden = output.logits[0], self._kept
         assert hidden is not None
         hidden = hidden.view(-1, hidden.shape[-1])
-        self._batch = self._kept = None
+        self._batch = self._kept = self.loras.chosen = None
         if rows is not None and not keep:
             return logits[rows], hidden[rows]
         return logits, hidden

@@ -26,9 +26,14 @@ def load_texts(specs: Iterable[ModelSpec]) -> dict[str, TextModel]:
 
 def adapter_text(spec: ModelSpec, base: ModelSpec, text: TextModel) -> TextModel:
     """The base's `text` itself, or a text side of its own for an adapter with tokenizer files or templates."""
+    return own_text(spec, base) or text
+
+
+def own_text(spec: ModelSpec, base: ModelSpec) -> TextModel | None:
+    """The text side of an adapter with tokenizer files or templates, None for others. Raises ModelLoadError."""
     own = any((Path(spec.path) / name).is_file() for name in _TOKENIZER)
     if not own and spec.plain_template is None and spec.view is None:
-        return text
+        return None
     merged = replace(
         base,
         id=spec.id,

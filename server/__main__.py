@@ -21,6 +21,12 @@ def command(
     port: Count = None,
     served_model_name: Many = None,
     api_key: Many = None,
+    admin_key: Annotated[
+        str | None, typer.Option(help="Opens /admin/adapters, which is closed without it; another key than --api-key.")
+    ] = None,
+    admin_root: Annotated[
+        str | None, typer.Option(help="The folder that adapters may be loaded from over HTTP; needs --admin-key.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
     max_model_len: Count = None,

@@ -6,7 +6,7 @@ from fastapi import FastAPI
 
 from server import errors
 from server.auth import Authentication, BodyLimit
-from server.routes import generate, health, models, tokens
+from server.routes import admin, generate, health, models, tokens
 from server.state import Services
 
 
@@ -20,9 +20,11 @@ def create_app(services: Services) -> FastAPI:
         redoc_url=None,
     )
     app.state.services = services
-    for module in (generate, models, tokens, health):
+    modules = [generate, models, tokens, health] + ([admin] if services.admin is not None else [])
+    for module in modules:
         app.include_router(module.router)
     errors.install(app)
     app.add_middleware(BodyLimit, limit=services.config.max_body_size)
-    app.add_middleware(Authentication, keys=services.config.api_key)  # outermost: no body is read without a key
+    # Outermost: no body is read without a key.
+    app.add_middleware(Authentication, keys=services.config.api_key, admin_key=services.config.admin_key)
     return app

@@ -14,41 +14,55 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.errors import ApiError
 
 OPEN_PATHS = frozenset({"/health"})
+ADMIN = "/admin/"
 
 
 class Authentication:
     """Refuses every request without one of the keys, `/health` excepted. Without keys everything is open.
 
+    With an admin key, what lies under `/admin/` is open to that key alone, and that key opens nothing else.
     The path compared is the one the router will see, so no spelling of a path gets past it. Keys are compared by
     digest in constant time, all of them, so neither their length nor their order shows.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], admin_key: str | None = None) -> None:
         self.app = app
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._digests = [_digest(key.encode()) for key in keys]
+        self._admin = [] if admin_key is None else [_digest(admin_key.encode())]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if scope["type"] == "lifespan" or not self._digests or scope["path"] in OPEN_PATHS:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        administers = bool(self._admin) and scope["path"].startswith(ADMIN)
+        keys = self._admin if administers else self._digests
+        if not keys or scope["path"] in OPEN_PATHS:
             await self.app(scope, receive, send)
         elif scope["type"] != "http":
             raise ValueError(f"no protocol '{scope['type']}' here")
-        elif (digest := self._allowed(scope)) is not None:
+        elif (digest := _match(scope, keys)) is not None:
             scope.setdefault("state", {})["key"] = digest.hex()  # keys do not share a prefix cache
             await self.app(scope, receive, send)
+        elif administers and _match(scope, self._digests) is not None:
+            await ApiError(403, "This key may not administer; send the admin key.").response()(scope, receive, send)
         else:
-            error = ApiError(
-                401, "Missing or wrong API key: send 'Authorization: Bearer <key>'.", code="invalid_api_key"
-            )
-            await error.response()(scope, receive, send)
+            what = "admin" if administers else "API"
+            message = f"Missing or wrong {what} key: send 'Authorization: Bearer <key>'."
+            await ApiError(401, message, code="invalid_api_key").response()(scope, receive, send)
 
-    def _allowed(self, scope: Scope) -> bytes | None:
-        """The digest of the key the request came with, if it is one of ours."""
-        values = [value for name, value in scope["headers"] if name == b"authorization"]
-        if len(values) != 1 or values[0][:7].lower() != b"bearer ":
-            return None
-        given = hashlib.sha256(values[0][7:].strip()).digest()
-        return given if sum(hmac.compare_digest(given, digest) for digest in self._digests) else None
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _match(scope: Scope, digests: Sequence[bytes]) -> bytes | None:
+    """The digest of the key that the request came with, if it is one of these."""
+    values = [value for name, value in scope["headers"] if name == b"authorization"]
+    if len(values) != 1 or values[0][:7].lower() != b"bearer ":
+        return None
+    given = _digest(values[0][7:].strip())
+    return given if sum(hmac.compare_digest(given, digest) for digest in digests) else None
 
 
 class BodyLimit:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import itertools
 import logging
 import multiprocessing
 import os
@@ -18,9 +19,33 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from decoding.core import BadRequest, Done, EngineFailure, Event, Failed, ModelInfo, ModelLoadError, Overloaded, Stats
+from decoding.core import (
+    AdapterInUse,
+    BadRequest,
+    Done,
+    EngineFailure,
+    Event,
+    Failed,
+    ModelInfo,
+    ModelLoadError,
+    ModelSpec,
+    Overloaded,
+    Stats,
+)
 from decoding.core import Request as EngineRequest
-from server.engine_process import Abort, EngineFactory, Ready, StartFailed, Submit, Tick, engine_main, process_main
+from server.engine_process import (
+    Abort,
+    Changed,
+    EngineFactory,
+    LoadAdapter,
+    Ready,
+    StartFailed,
+    Submit,
+    Tick,
+    UnloadAdapter,
+    engine_main,
+    process_main,
+)
 
 logger = logging.getLogger("trimtab.server")
 
@@ -121,6 +146,8 @@ class Bridge:
         self.sequences = 0
         self._factory, self._launch = factory, launch
         self._channels: dict[str, Channel] = {}
+        self._changes: dict[int, asyncio.Future[Changed]] = {}
+        self._tickets = itertools.count()
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._worker: Worker | None = None
         self._connection: Connection | None = None
@@ -181,6 +208,27 @@ class Bridge:
             self._idle.set()
         return bool(running)
 
+    async def load_adapter(self, spec: ModelSpec, base: ModelSpec) -> None:
+        """The engine serves an adapter of `base`, and `models` tells of it. Raises ModelLoadError, EngineFailure."""
+        await self._change(LoadAdapter(next(self._tickets), spec, base))
+
+    async def unload_adapter(self, id: str) -> None:
+        """The engine forgets an adapter. Raises AdapterInUse while requests use it, and EngineFailure."""
+        await self._change(UnloadAdapter(next(self._tickets), id))
+
+    async def _change(self, message: LoadAdapter | UnloadAdapter) -> None:
+        if not self.alive:
+            raise EngineFailure("The engine has stopped; the server must be restarted.")
+        self._changes[message.ticket] = asyncio.get_running_loop().create_future()
+        self._outbox.put(message)
+        try:
+            changed = await self._changes[message.ticket]
+        finally:
+            del self._changes[message.ticket]
+        if changed.kind is not None:
+            kinds = {"AdapterInUse": AdapterInUse, "ModelLoadError": ModelLoadError, "EngineFailure": EngineFailure}
+            raise kinds[changed.kind](changed.message)
+
     @property
     def full(self) -> bool:
         """Whether the queue takes nothing more."""
@@ -226,7 +274,13 @@ class Bridge:
         except (EOFError, OSError):
             self._on_death()
 
-    def _route(self, tick: Tick) -> None:
+    def _route(self, tick: Tick | Changed) -> None:
+        if isinstance(tick, Changed):
+            self.models = tick.models
+            change = self._changes.get(tick.ticket)
+            if change is not None and not change.done():
+                change.set_result(tick)
+            return
         self.stats = tick.stats or self.stats
         for event in tick.events:
             channel = self._channels.get(event.request_id)
@@ -239,6 +293,8 @@ class Bridge:
         self.alive = False
         logger.critical("the engine's process has ended")
         self._fail_all("The engine has stopped.", kind="EngineFailure")
+        for ticket, change in self._changes.items():
+            change.set_result(Changed(ticket, self.models, "EngineFailure", "The engine has stopped."))
 
     def _fail_all(self, message: str, kind: Any) -> None:
         for channel in set(self._channels.values()):

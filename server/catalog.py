@@ -6,6 +6,7 @@ dataclasses become pydantic models, which check requests and describe themselves
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 import typing
@@ -16,9 +17,9 @@ from typing import Any, Literal, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from decoding.accept import RULES
-from decoding.core import BadRequest, ModelLoadError, Program, Sampling, Speculation, UnknownModel
+from decoding.core import BadRequest, ModelLoadError, Program, Sampling, Speculation, Term, UnknownModel
 from decoding.draft import settle_speculation
-from decoding.prepare import Catalog, shared_width
+from decoding.prepare import Catalog, check_term
 from decoding.strategies import POLICY, Strategy, discover
 from server.config import Preset
 from server.errors import ApiError, from_validation, nearest
@@ -73,6 +74,22 @@ class Served:
         known = self._strategies | {POLICY.name: POLICY, SPECULATION.name: SPECULATION}
         self._params = {name: params_model(strategy) for name, strategy in known.items()}
 
+    def with_catalog(self, catalog: Catalog) -> Served:
+        """The same server with other models; the default is among them."""
+        changed = copy.copy(self)
+        changed.catalog = catalog
+        changed.names = tuple(dict.fromkeys([self.names[0], *catalog, *self.presets]))
+        return changed
+
+    def users(self, model: str) -> list[str]:
+        """What would not be served without `model`: presets that are made of it, and the default if it is that."""
+        users = []
+        for name in self.presets:
+            program = self.resolve(name, None).program
+            if model in program.models or (program.speculation and program.speculation.draft == model):
+                users.append(f"part of the preset '{name}'")
+        return users + ["the default"] * (self.names[0] == model)
+
     def model_object(self, name: str) -> dict[str, Any]:
         """OpenAI's model object; a preset names the model behind it as root and parent.
 
@@ -104,7 +121,6 @@ class Served:
         for name in self.presets:
             try:
                 program = self.resolve(name, None).program
-                shared_width(program, self.catalog)
                 settle_speculation(program, [(0,)], Sampling(), self.catalog, predicted=True)
             except (ApiError, BadRequest) as error:
                 raise ModelLoadError(f"The preset '{name}' cannot be served: {error.message}") from error
@@ -186,10 +202,12 @@ class Served:
             program = strategy.build(strategy.params(**values), model)
         except BadRequest as error:
             raise ApiError(400, error.message, f"{path}.{error.param}" if error.param else path) from error
-        for term in program.policy.terms:
-            if term.role.model not in self.catalog:
-                param = f"{path}.{term.name}" if term.name in values else path
-                raise UnknownModel(term.role.model, tuple(self.catalog), param=param)
+        terms = program.policy.terms
+        for term in terms:
+            try:
+                check_term(term, terms[0].role.model, self.catalog, _named_by(term, params, model, path))
+            except BadRequest as error:
+                raise ApiError(400, error.message, error.param, error.code) from error
         return program
 
     def strategies(self) -> list[dict[str, Any]]:
@@ -221,6 +239,21 @@ def acceptance_rules() -> list[dict[str, Any]]:
         {"id": rule.name, "summary": rule.summary, "lossless": rule.lossless, "paper": rule.paper or None}
         for rule in RULES.values()
     ]
+
+
+def _named_by(term: Term, params: Mapping[str, Any], model: str, path: str) -> str:
+    """The field of the request that names the model of `term`: a parameter of its strategy, or the request's own."""
+
+    def holds(value: Any) -> bool:
+        parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+        return value == term.role.model or any(map(holds, parts))
+
+    if holds(params.get(term.name)):
+        return f"{path}.{term.name}"
+    found = [name for name, value in params.items() if holds(value)]
+    if term.role.model == model and (term.name == "base" or not found):
+        return "model"
+    return f"{path}.{found[0]}" if found else path
 
 
 def _check_signs(value: Any, path: str) -> None:

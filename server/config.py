@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from decoding.core import EngineConfig, ModelSpec
+from decoding.core import SCORERS, EngineConfig, ModelSpec
 from server.errors import nearest
 from server.family import FAMILY, embedded_family
 
@@ -44,6 +44,16 @@ def _to_list(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _to_kind(value: Any) -> Any:
+    """Kinds that are planned have a sentence of their own."""
+    if value in SCORERS:
+        raise ValueError(
+            f"models of kind {value} score texts, and scorers are not served in this version; a reward that steers "
+            "every token is an autoregressive reward model, a causal LM (kind: causal)"
+        )
+    return value
+
+
 Bytes = Annotated[int, BeforeValidator(_to_bytes), Field(ge=0)]
 Names = Annotated[list[str], BeforeValidator(_to_list)]
 Positive = Annotated[int, Field(ge=1)]
@@ -59,7 +69,7 @@ class ModelEntry(Strict):
     """One entry under `models`. An adapter is a PEFT LoRA directory `of` another entry."""
 
     path: str
-    kind: Literal["causal", "adapter"] = "causal"
+    kind: Annotated[Literal["causal", "adapter"], BeforeValidator(_to_kind)] = "causal"
     of: str | None = None
     dtype: str | None = None
     device: str | None = None
@@ -92,6 +102,8 @@ class Config(Strict):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     api_key: Names = []
+    admin_key: Annotated[str, Field(min_length=1)] | None = None
+    admin_root: str | None = None
     dtype: str = "auto"
     device: str = "auto"
     max_model_len: Positive | None = None
@@ -163,6 +175,7 @@ class Config(Strict):
             compile=not self.enforce_eager,
             self_check=self.self_check,
             threads=self.threads,
+            adapters=self.admin_key is not None,
         )
 
 
@@ -230,7 +243,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
                     values[key] = yaml.safe_load(value)
                 except yaml.YAMLError as error:
                     raise ConfigError(f"The environment variable {name} is not YAML: {error}") from error
-            if key == "api_key" and not value.strip():
+            if key in ("api_key", "admin_key") and not value.strip():
                 raise ConfigError(f"The environment variable {name} is empty: unset it, or give a key.")
     return values
 
@@ -277,7 +290,18 @@ def _check_adapter(config: Config, name: str, entry: ModelEntry) -> None:
             raise ConfigError(f"models.{name}.{key}: an adapter has that of its model '{entry.of}'.")
 
 
+def _check_admin(config: Config) -> None:
+    if (config.admin_key is None) != (config.admin_root is None):
+        given, lacking = ("admin_key", "admin_root") if config.admin_key is not None else ("admin_root", "admin_key")
+        raise ConfigError(f"{lacking}: {given} needs it beside it; adapters are then loaded over HTTP.")
+    if config.admin_key in config.api_key:
+        raise ConfigError("admin_key: it must be another key than those of api_key.")
+    if config.admin_root is not None and not Path(config.admin_root).expanduser().is_dir():
+        raise ConfigError(f"admin_root: there is no directory '{config.admin_root}'.")
+
+
 def _check_references(config: Config) -> None:
+    _check_admin(config)
     names = [*config.models, *config.presets]
     for name, entry in config.models.items():
         _check_adapter(config, name, entry)

@@ -13,21 +13,26 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from decoding.core import (
+    AdapterInUse,
     BadRequest,
     Done,
     Event,
     Failed,
     ModelInfo,
     ModelLoadError,
+    ModelSpec,
     Overloaded,
     Request,
     Stats,
     TrimtabError,
     UnknownModel,
 )
+
+if TYPE_CHECKING:
+    from decoding.text import TextModel
 
 logger = logging.getLogger("trimtab.engine")
 
@@ -50,6 +55,10 @@ class EngineLike(Protocol):
 
     def stats(self) -> Stats: ...
 
+    def load_adapter(self, spec: ModelSpec, text: TextModel | None = None) -> None: ...
+
+    def unload_adapter(self, id: str) -> None: ...
+
 
 EngineFactory = Callable[[], EngineLike]
 
@@ -66,6 +75,33 @@ class Abort:
     """To the engine: forget these requests."""
 
     request_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAdapter:
+    """To the engine: serve this adapter of `base`. Answered by `Changed` with the same ticket."""
+
+    ticket: int
+    spec: ModelSpec
+    base: ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadAdapter:
+    """To the engine: forget this adapter. Answered by `Changed` with the same ticket."""
+
+    ticket: int
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """From the engine: what it serves now; or why nothing has changed, `kind` being the exception's class name."""
+
+    ticket: int
+    models: tuple[ModelInfo, ...]
+    kind: Literal["AdapterInUse", "ModelLoadError", "EngineFailure"] | None = None
+    message: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +189,8 @@ class Loop:
             message = self.connection.recv()
             if isinstance(message, Submit):
                 self._submit(message.request)
+            elif isinstance(message, LoadAdapter | UnloadAdapter):
+                _send(self.connection, self._change(message))
             else:
                 for request_id in message.request_ids:
                     self.live.discard(request_id)
@@ -169,6 +207,24 @@ class Loop:
             self._refused.append(Failed(request.id, "EngineFailure", f"The engine failed: {type(error).__name__}."))
         else:
             self.live.add(request.id)
+
+    def _change(self, message: LoadAdapter | UnloadAdapter) -> Changed:
+        """Between two ticks: requests that run go on after it as they would have without."""
+        kind: Any = None
+        text = ""
+        try:
+            if isinstance(message, LoadAdapter):
+                from decoding.texts import own_text  # transformers takes seconds to import; the fake needs none of it
+
+                self.engine.load_adapter(message.spec, own_text(message.spec, message.base))
+            else:
+                self.engine.unload_adapter(message.id)
+        except (ModelLoadError, UnknownModel) as error:
+            kind, text = "AdapterInUse" if isinstance(error, AdapterInUse) else "ModelLoadError", str(error)
+        except Exception as error:
+            logger.exception("an adapter cannot be changed")
+            kind, text = "EngineFailure", f"The engine failed: {type(error).__name__}."
+        return Changed(message.ticket, self.engine.models, kind, text)
 
     def _tick(self) -> list[Event]:
         if not self.engine.has_work():

@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from decoding.core import BadRequest, Failed, ModelLoadError, Overloaded, TrimtabError, UnknownModel
+from decoding.core import AdapterInUse, BadRequest, Failed, ModelLoadError, Overloaded, TrimtabError, UnknownModel
 
 logger = logging.getLogger("trimtab.server")
 
@@ -66,6 +66,8 @@ def from_trimtab(error: TrimtabError) -> ApiError:
         return ApiError(400, error.message, error.param, error.code)
     if isinstance(error, Overloaded):
         return ApiError(503, str(error), code="overloaded", retry_after=error.retry_after)
+    if isinstance(error, AdapterInUse):
+        return ApiError(409, str(error), code="adapter_in_use")
     if isinstance(error, ModelLoadError):
         return ApiError(400, str(error), code="model_load_error")
     return ApiError(500, str(error), code="engine_failure")

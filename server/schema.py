@@ -240,6 +240,14 @@ class TokenizeBody(Body):
         return self
 
 
+class AdapterBody(Body):
+    """`POST /admin/adapters`."""
+
+    id: str
+    path: str
+    of: str
+
+
 class DetokenizeBody(Body):
     """`POST /detokenize`."""
 

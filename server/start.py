@@ -16,7 +16,8 @@ from rich.console import Console
 from decoding.core import EngineConfig, ModelLoadError, ModelSpec
 from decoding.prepare import Entry
 from decoding.text import TextModel
-from decoding.texts import load_texts
+from decoding.texts import base_specs, load_texts
+from server.admin import Admin
 from server.app import create_app
 from server.bridge import Bridge, launch_process
 from server.catalog import Served
@@ -31,7 +32,8 @@ def make_engine(specs: tuple[ModelSpec, ...], config: EngineConfig) -> EngineLik
     from decoding.engine import Engine  # not before: the server's process never needs weights
     from decoding.generate import load_models
 
-    return Engine(load_models(specs, compile=config.compile, self_check=config.self_check), config)
+    options = {"compile": config.compile, "self_check": config.self_check, "adapters": config.adapters}
+    return Engine(load_models(specs, **options), config)
 
 
 class Server(uvicorn.Server):
@@ -102,7 +104,8 @@ def build_app(config: Config, bridge: Bridge, texts: dict[str, TextModel]) -> Fa
     catalog = {info.id: Entry(texts[info.id], info) for info in bridge.models}
     served = Served(catalog, config.presets, config.default_model, config.negative_weights)
     served.check_presets()
-    return create_app(Services(config, bridge, served, Metrics(bridge)))
+    admin = Admin(config.admin_root, base_specs(config.specs())) if config.admin_root else None
+    return create_app(Services(config, bridge, served, Metrics(bridge), admin))
 
 
 def _uvicorn_config(app: FastAPI, config: Config) -> uvicorn.Config:

@@ -7,20 +7,22 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from server.admin import Admin
 from server.bridge import Bridge
 from server.catalog import Served
 from server.config import Config
 from server.metrics import Metrics
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Services:
-    """The collaborators of an app."""
+    """The collaborators of an app. `served` is replaced as a whole when adapters change: a request reads it once."""
 
     config: Config
     bridge: Bridge
     served: Served
     metrics: Metrics
+    admin: Admin | None = None
 
 
 def _services(request: Request) -> Services:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from decoding.core import BadRequest, Policy, Program, Role, Term, View
-from decoding.strategies.spec import Strategy, finite
+from decoding.strategies.spec import Strategy, bounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class ClassifierFreeGuidance:
 
 def build(params: ClassifierFreeGuidance, model: str) -> Program:
     """z = z_neg + guidance (z_pos - z_neg)."""
-    guidance = finite("guidance", params.guidance)
+    guidance = bounded("guidance", params.guidance)
     negative: str | list[Mapping[str, Any]] = params.negative_prompt  # type: ignore[assignment]
     if not negative:
         raise BadRequest("'negative_prompt' must not be empty: give a text or a list of messages.", "negative_prompt")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from decoding.core import Plausibility, Policy, Program, Role, Term, View
-from decoding.strategies.spec import Strategy, finite
+from decoding.strategies.spec import Strategy, bounded, finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Contrastive:
 
 def build(params: Contrastive, model: str) -> Program:
     """z = z_s + weight (z_s - z_a) on {p_s >= plausibility max p_s}."""
-    weight = finite("weight", params.weight)
+    weight = bounded("weight", params.weight)
     ratio = finite("plausibility", params.plausibility, 0.0, 1.0)
     terms = (Term("base", Role(model), 1.0 + weight), Term("amateur", Role(params.amateur), -weight))
     return Program("contrastive", Policy(terms, plausibility=Plausibility("base", ratio)))
@@ -38,7 +38,7 @@ class ContrastivePrompt:
 
 def build_prompts(params: ContrastivePrompt, model: str) -> Program:
     """z = z(x) + weight (z(better) - z(worse)): one model, three views."""
-    weight = finite("weight", params.weight)
+    weight = bounded("weight", params.weight)
     terms = (
         Term("base", Role(model)),
         Term("better", Role(model, view=View("system", text=params.better)), weight),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from decoding.core import BadRequest, Gate, Policy, Program, Role, Term, View
-from decoding.strategies.spec import Strategy, finite, some
+from decoding.strategies.spec import Strategy, bounded, finite, some
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,10 @@ def build(params: EmulatedFineTuning, model: str) -> Program:
         references = references * len(tuned)
     if len(references) != len(tuned):
         raise BadRequest(f"'reference' must be one model or {len(tuned)}, one per tuned model.", "reference")
-    weights = [finite("weights", w) for w in params.weights] if params.weights is not None else [1.0] * len(tuned)
+    weights = [bounded("weights", w) for w in params.weights] if params.weights is not None else [1.0] * len(tuned)
     if len(weights) != len(tuned):
         raise BadRequest(f"'weights' must have {len(tuned)} numbers, one per tuned model.", "weights")
-    amplify = finite("amplify", params.amplify)
+    amplify = bounded("amplify", params.amplify)
     if amplify != 1.0 and not shared:
         raise BadRequest("'amplify' needs one reference that all tuned models share.", "amplify")
     if params.outside == "tuned" and len(tuned) > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from decoding.core import Policy, Program, Role, Term, View
-from decoding.strategies.spec import Strategy, finite
+from decoding.strategies.spec import Strategy, bounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class ProxyTuning:
 
 def build(params: ProxyTuning, model: str) -> Program:
     """z = z_base + alpha (z_expert - z_anti). The expert sees its chat template, the untuned models the plain view."""
-    alpha = finite("alpha", params.alpha)
+    alpha = bounded("alpha", params.alpha)
     terms = (
         Term("base", Role(model, view=View("plain"))),
         Term("expert", Role(params.expert), alpha),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from decoding.core import BadRequest, Gate, Plausibility, Policy, Program, Role, Term
-from decoding.strategies.spec import STRICT, Strategy, ViewParam, finite, parse_view, some
+from decoding.strategies.spec import STRICT, Strategy, ViewParam, bounded, finite, parse_view, some
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def build(params: RawPolicy, model: str) -> Program:
         if raw.gated and gate is None:
             raise BadRequest("A term is gated, but there is no gate.", "gate")
         role = Role(raw.model or model, view=parse_view(raw.view, "terms"))
-        terms.append(Term(raw.name or role.model, role, finite("terms", raw.weight), gate if raw.gated else None))
+        terms.append(Term(raw.name or role.model, role, bounded("terms", raw.weight), gate if raw.gated else None))
     names = [term.name for term in terms]
     if len(set(names)) < len(names):
         raise BadRequest("Two terms have the same name: give each a 'name' of its own.", "terms")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from decoding.core import BadRequest, Policy, Program, Role, Term
-from decoding.strategies.spec import STRICT, Strategy, ViewParam, finite, parse_view, some
+from decoding.core import MAX_WEIGHT, BadRequest, Policy, Program, Role, Term
+from decoding.strategies.spec import STRICT, Strategy, ViewParam, bounded, finite, parse_view, some
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,12 @@ def build(params: RewardGuided, model: str) -> Program:
     terms = [Term("base", Role(model))]
     for i, arm in enumerate(some("arms", params.arms)):
         role = Role(arm.model, view=parse_view(arm.view, "arms"))
-        terms.append(Term(f"arm_{i + 1}", role, finite("arms", arm.weight) / beta))
+        weight = bounded("arms", arm.weight) / beta
+        if abs(weight) > MAX_WEIGHT:
+            raise BadRequest(
+                f"'beta' is {beta:g}: a reward's weight, {arm.weight:g}, cannot be divided by that.", "beta"
+            )
+        terms.append(Term(f"arm_{i + 1}", role, weight))
     return Program("reward_guided", Policy(tuple(terms), logprobs=True))
 
 
@@ -58,7 +63,7 @@ class MultiObjective:
 def build_objectives(params: MultiObjective, model: str) -> Program:
     """sum_i weight_i lp_i. The request's own model takes part only if it is listed."""
     listed = some("models", params.models)
-    terms = tuple(Term(f"objective_{i + 1}", Role(m.model), finite("models", m.weight)) for i, m in enumerate(listed))
+    terms = tuple(Term(f"objective_{i + 1}", Role(m.model), bounded("models", m.weight)) for i, m in enumerate(listed))
     return Program("multi_objective", Policy(terms, logprobs=True))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from decoding.core import BadRequest, Program, View, ViewKind
+from decoding.core import MAX_WEIGHT, BadRequest, Program, View, ViewKind
 
 STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}  # how nested parameters are read from JSON
 ViewParam = str | dict[str, Any]
@@ -41,6 +41,11 @@ def finite(name: str, value: float, low: float | None = None, high: float | None
         span = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
         raise BadRequest(f"'{name}' must be {span}, not {value:g}.", name)
     return value
+
+
+def bounded(name: str, value: float) -> float:
+    """`value`, or a BadRequest naming the parameter if no term may have that weight."""
+    return finite(name, value, -MAX_WEIGHT, MAX_WEIGHT)
 
 
 def some(name: str, values: list[Any] | Any) -> list[Any]:

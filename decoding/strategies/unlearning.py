@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from decoding.core import Plausibility, Policy, Program, Role, Term
-from decoding.strategies.spec import Strategy, finite
+from decoding.strategies.spec import Strategy, bounded, finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Unlearning:
 
 def build(params: Unlearning, model: str) -> Program:
     """z_base - weight z_assistant on {p_base >= plausibility max p_base}, the pure ratio mask."""
-    weight = finite("weight", params.weight)
+    weight = bounded("weight", params.weight)
     ratio = finite("plausibility", params.plausibility, 0.0, 1.0)
     terms = (Term("base", Role(model)), Term("assistant", Role(params.assistant), -weight))
     return Program("unlearning", Policy(terms, plausibility=Plausibility("base", ratio)))

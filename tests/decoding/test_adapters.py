@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from decoding.core import (
+    AdapterInUse,
     BadRequest,
     Delta,
     EngineConfig,
@@ -27,6 +28,7 @@ from decoding.core import (
     Role,
     Sampling,
     SpanInput,
+    Speculation,
     Term,
     UnknownModel,
     View,
@@ -34,6 +36,7 @@ from decoding.core import (
 from decoding.engine import Engine
 from decoding.generate import collect, load_models
 from decoding.host_build import load_kernels
+from decoding.host_compile import CompiledForward
 from decoding.lora import FEW_TOKENS
 from decoding.prepare import Entry, prepare
 from decoding.runner import Runner
@@ -152,7 +155,8 @@ def test_eight_adapters_and_the_bare_model_in_one_forward(
     short = [SpanInput(prompts[n][-1:], len(prompts[n]) - 1, blocks[n], [0], n) for n in order]
     chosen = runner.loras.choose(short, runner._like)
     assert chosen is not None
-    assert (bool(chosen.ranges), bool(chosen.masks)) == (runner._kernels, not runner._kernels), "few tokens: one call"
+    one_call = (chosen.owners is not None, bool(chosen.masks))
+    assert one_call == (runner._kernels, not runner._kernels), "few tokens: one call a layer"
     for name, row in zip(order, runner.forward(short).logits, strict=True):
         torch.testing.assert_close(row, want[name][-1], atol=1e-5, rtol=1e-5)
     runner.close()
@@ -210,25 +214,45 @@ def test_unloading_and_reloading_leaves_the_others_alone(folder: Path, reference
     runner.close()
 
 
-def test_the_compiled_forward_stays_the_bare_models(
-    folder: Path, references: dict[str | None, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Adapters that come before it was compiled and after, and ones that go: no guard is checked any more."""
-    monkeypatch.setattr("decoding.runner.COMPILE_FROM", 0)
-    runner = make_runner(folder, ["two"])
-    ids = ids_of(4, 10)
-    assert runner.warm_up() == runner._kernels
-    calls: list[int] = []
-    if (compiled := runner._compiled) is not None:
-        monkeypatch.setattr(runner, "_compiled", lambda batch: (calls.append(1), compiled(batch))[1])
-        monkeypatch.setattr(runner._compiled, "max_tokens", compiled.max_tokens, raising=False)
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the compiled graphs that were run, in order; every model is worth compiling."""
+    used: list[str] = []
+    run = CompiledForward._run
 
-    def check(names: list[str | None]) -> None:
-        for count in (1, 2):
-            spans = [SpanInput(ids, 0, [i], range(10), name) for i, name in enumerate(names[:count])]
-            for name, rows in zip(names, runner.forward(spans).logits.split(10)):
+    def spy(self: CompiledForward, name: str, *rest: Any) -> Any:
+        used.append(name)
+        return run(self, name, *rest)
+
+    monkeypatch.setattr(CompiledForward, "_run", spy)
+    monkeypatch.setattr("decoding.runner.COMPILE_FROM", 0)
+    return used
+
+
+Check = Callable[..., None]
+
+
+def checker(runner: Runner, references: dict[str | None, Any]) -> Check:
+    """`check(names, length)`: the first of `names`, then all of them, in one forward each, equal PEFT's logits."""
+
+    def check(names: list[str | None], length: int = 10) -> None:
+        ids = ids_of(4, length)
+        for count in (1, len(names)):
+            spans = [SpanInput(ids, 0, [i], range(length), name) for i, name in enumerate(names[:count])]
+            for name, rows in zip(names, runner.forward(spans).logits.split(length)):
                 torch.testing.assert_close(rows, own_logits(references[name], ids), atol=1e-5, rtol=1e-5)
 
+    return check
+
+
+def test_the_compiled_forward_stays_the_bare_models(
+    folder: Path, references: dict[str | None, Any], graphs: list[str]
+) -> None:
+    """Adapters that come before it was compiled and after, and ones that go: no guard is checked any more."""
+    runner = make_runner(folder, ["two"])
+    assert runner.warm_up() == runner._kernels
+    graphs.clear()
+    check = checker(runner, references)
     check([None, None])
     check(["two", None])
     runner.load_adapter("all", str(folder / "all"))
@@ -237,7 +261,72 @@ def test_the_compiled_forward_stays_the_bare_models(
     runner.unload_adapter("two")
     check([None, None])
     check(["all", None])
-    assert len(calls) == (6 if runner._kernels else 0), "bare forwards are compiled, before and after"
+    assert graphs.count("some") == (6 if runner._kernels else 0), "bare forwards are compiled, before and after"
+    runner.close()
+
+
+@pytest.mark.parametrize("expected", [False, True])
+def test_one_compiled_forward_serves_adapters_that_come_and_go(
+    folder: Path, references: dict[str | None, Any], graphs: list[str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled before there was an adapter, or for the first one; nothing of an adapter may be compiled in."""
+    runner = make_runner(folder, (), adapters=expected)
+    if not runner._kernels:
+        pytest.skip("no C++ compiler")
+    assert runner.warm_up()
+    assert ("adapted" in graphs) == expected
+    assert not runner.loras.adapters
+    assert not any(module._forward_hooks for module in runner.loras.linears.values()), "nothing is left behind"
+    pool = [layer.keys for layer in runner.layers]
+    blocks = [keys.clone() for keys in pool]
+
+    check = checker(runner, references)
+    runner.load_adapter("middle", str(folder / "middle"))  # the narrowest: one layer of three
+    for keys, layer, before in zip(pool, runner.layers, blocks, strict=True):
+        assert layer.keys is keys, "compiling has a pool of its own"
+        assert torch.equal(keys, before)
+    with monkeypatch.context() as patch:  # from here on every forward of few tokens is the graphs'
+        patch.setattr(runner, "_packed", None)
+        graphs.clear()
+        check(["middle", None])
+        check(["middle"], 1)
+        for name in ADAPTERS:
+            runner.load_adapter(name, str(folder / name))
+        check([*list(ADAPTERS)[:4], None], 8)
+        check([*list(ADAPTERS)[4:], None], 8)
+        check(["down"], 1)
+        for name in list(ADAPTERS)[:-2]:
+            runner.unload_adapter(name)
+        check([None, *list(ADAPTERS)[-2:], None], 3)
+        runner.load_adapter("linear", str(folder / "two"))  # other weights, on other layers, under a known id
+        check(["regex", None], 5)
+        ids = ids_of(9, 6)
+        got = runner.forward([SpanInput(ids, 0, [0], range(6), "linear")]).logits
+        torch.testing.assert_close(got, own_logits(references["two"], ids), atol=1e-5, rtol=1e-5)
+    assert set(graphs) == {"adapted", "some"}
+    runner.close()
+
+
+def test_a_forward_that_compiles_wrongly_for_adapters_is_not_used(
+    folder: Path, references: dict[str | None, Any], graphs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bare one stays; what the graph made of an adapter is compared before it serves."""
+    run = CompiledForward._run
+
+    def wrong(self: CompiledForward, name: str, *rest: Any) -> Any:
+        logits, hidden = run(self, name, *rest)
+        return logits + (0.1 if name == "adapted" else 0), hidden
+
+    monkeypatch.setattr(CompiledForward, "_run", wrong)
+    runner = make_runner(folder, ["all"])
+    if not runner._kernels:
+        pytest.skip("no C++ compiler")
+    assert runner.warm_up()
+    graphs.clear()
+    check = checker(runner, references)
+    check(["all", None])
+    check([None, None])
+    assert graphs == ["some", "some"]
     runner.close()
 
 
@@ -292,13 +381,19 @@ def test_the_kernel_against_its_formula(
 
     x, y = draw(tokens, size), draw(tokens, width)
     down, up = draw(sum(ranks), size), draw(sum(ranks), width)
-    ends = torch.tensor(ranks).cumsum(0)
-    columns = torch.stack([ends - torch.tensor(ranks), ends], 1)
-    ranges = torch.cat([columns, torch.zeros(1, 2, dtype=torch.int64)])[torch.arange(tokens) % (len(ranks) + 1)]
+    parts = list(zip(down.split(ranks), up.split(ranks)))
+    rows = [[a.data_ptr(), b.data_ptr(), len(a)] for a, b in parts] + [[0, 0, 0]]  # the last one is not on this layer
+    table = torch.stack([torch.zeros(len(rows), 3, dtype=torch.int64), torch.tensor(rows)])  # [2 linears, places, 3]
+    owners = torch.arange(tokens) % (len(rows) + 1) - 1
     want = y.double()
-    for t, (start, end) in enumerate(ranges.tolist()):
-        want[t] += (x[t].double() @ down[start:end].double().T) @ up[start:end].double()
-    torch.ops.trimtab.lora(x, y, down, up, ranges)
+    for t, owner in enumerate(owners.tolist()):
+        if 0 <= owner < len(parts):
+            a, b = parts[owner]
+            want[t] += (x[t].double() @ a.double().T) @ b.double()
+    before = y.clone()
+    torch.ops.trimtab.lora(x, y, table, 0, owners)
+    assert torch.equal(y, before), "no adapter on this layer"
+    torch.ops.trimtab.lora(x, y, table, 1, owners)
     eps = torch.finfo(torch.float32).eps * size**0.5 * 4 + (torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0)
     scale = (1 + size**0.5 * max(ranks)) if dtype == torch.float32 else want.abs().max()
     assert float((y.double() - want).abs().max()) <= eps * float(scale)
@@ -427,6 +522,23 @@ def test_load_reload_and_unload_while_others_run(folder: Path, references: dict[
     for id, of, message in (("x", "two", "no model that is served"), ("base", "base", "'base' is taken")):
         with pytest.raises(ModelLoadError, match=message):
             engine.load_adapter(ModelSpec(id, str(folder / "all"), kind="adapter", of=of))
+    engine.check()
+
+
+def test_an_adapter_that_drafts_is_in_use(folder: Path, references: dict[str | None, Any]) -> None:
+    engine = Engine(load_models(specs(folder, ["two"])), EngineConfig(kv_memory=1 << 22))
+    policy = Policy((Term("base", Role("base")),))
+    drafted = Program("plain", policy, speculation=Speculation(draft="two", tokens=2))
+    prompt = tuple(ids_of(12, 20))
+    engine.submit(make_request(engine, drafted, prompt))
+    events = engine.step()
+    with pytest.raises(AdapterInUse, match="'two' is in use by 1 requests"):
+        engine.unload_adapter("two")
+    while engine.has_work():
+        events += engine.step()
+    tokens = [token for event in events if isinstance(event, Delta) for token in event.token_ids]
+    assert tokens == greedy(references[None], prompt)
+    engine.unload_adapter("two")
     engine.check()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 import decoding.runner
 from decoding.attention import HostedLayer
@@ -59,6 +60,43 @@ def test_a_directory_is_loaded_and_checked(llama: Path) -> None:
     runner.allocate(4, 16)
     assert runner.forward([SpanInput([1, 2, 3], 0, [2], [2])]).logits.shape == (1, 96)
     runner.close()
+
+
+@pytest.mark.parametrize(
+    ("auto", "arch", "options", "message"),
+    [
+        (AutoModelForSequenceClassification, "llama", {"num_labels": 1}, "scores whole texts .* its kind is reward"),
+        # With tied embeddings nothing would be missing: it would be served as a language model that it is not.
+        (AutoModelForSequenceClassification, "qwen2", {"num_labels": 1, "tie_word_embeddings": True}, "kind is reward"),
+        (AutoModelForTokenClassification, "llama", {"num_labels": 2}, "labels tokens .* its kind is prm"),
+        (AutoModel, "llama", {"tie_word_embeddings": True}, "LlamaModel, which has no head"),
+    ],
+)
+@pytest.mark.parametrize("entry", [{}, {"kind": "causal"}, {"kind": "judge"}])
+def test_what_is_no_language_model_is_refused_by_name(
+    tmp_path: Path, auto: Any, arch: str, options: dict[str, Any], message: str, entry: dict[str, Any]
+) -> None:
+    auto.from_config(tiny_config(arch, **options)).save_pretrained(tmp_path)
+    sentence = refused(tmp_path, **entry)
+    assert re.search(message, sentence)
+    assert "autoregressive reward model" in sentence
+
+
+def test_encoders_and_other_heads_are_refused_by_name() -> None:
+    for name in ("BertForMaskedLM", "BertForSequenceClassification", "BertModel", "RobertaForQuestionAnswering"):
+        config = AutoConfig.for_model("bert", architectures=[name])
+        with pytest.raises(ModelLoadError, match=f"it is a {name}, which"):
+            causal_class(config)
+    for name in ("Qwen2ForRewardModel", "Qwen2ForProcessRewardModel"):
+        with pytest.raises(ModelLoadError, match=f"it is a {name}, .* its kind is (reward|prm), not causal"):
+            causal_class(tiny_config("qwen2", architectures=[name]))
+    for names in ([], None, ["LlamaForCausalLM"]):
+        assert causal_class(tiny_config("llama", architectures=names)).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("kind", ["reward", "prm"])
+def test_scorers_are_refused_by_name(llama: Path, kind: str) -> None:
+    assert f"models of kind '{kind}' score texts" in refused(llama, kind=kind)
 
 
 @pytest.mark.parametrize(("asked", "got"), [("auto", torch.bfloat16), ("float32", torch.float32)])
@@ -161,7 +199,7 @@ def test_missing_weights(llama: Path) -> None:
         ({"dtype": "int3"}, "dtype 'int3'"),
         ({"device": "abacus"}, "device 'abacus'"),
         ({"max_model_len": 4096}, "exceeds the 128 positions"),
-        ({"kind": "reward"}, "kind 'reward' is not served"),
+        ({"kind": "adapter"}, "kind 'adapter' is not one of"),
     ],
 )
 def test_bad_entry(llama: Path, entry: dict[str, Any], part: str) -> None:

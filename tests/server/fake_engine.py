@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass, field
 
 from decoding.core import (
+    AdapterInUse,
     BadRequest,
     Delta,
     Done,
@@ -19,6 +20,8 @@ from decoding.core import (
     Failed,
     FinishReason,
     ModelInfo,
+    ModelLoadError,
+    ModelSpec,
     ModelStats,
     PromptLogprobs,
     Request,
@@ -87,6 +90,26 @@ class FakeEngine:
 
     def abort(self, request_id: str) -> None:
         self.aborts += self.groups.pop(request_id, None) is not None
+
+    def load_adapter(self, spec: ModelSpec, text: TextModel | None = None) -> None:
+        """Paths that end in `bad` cannot be loaded, `broken` is a bug of the engine's, `exit` ends the process."""
+        if spec.path.endswith("bad"):
+            raise ModelLoadError(f"Adapter '{spec.id}' of '{spec.of}': {spec.path} has no adapter_config.json.")
+        if spec.path.endswith("broken"):
+            raise RuntimeError("broken")
+        if spec.path.endswith("exit"):
+            os._exit(3)
+        self._refuse_while_used(spec.id)
+        rest = [info for info in self.models if info.id != spec.id]
+        self.models = (*rest, ModelInfo(spec.id, 128, WIDTH, 4096, 10, "float32", "cpu", spec.of))
+
+    def unload_adapter(self, id: str) -> None:
+        self._refuse_while_used(id)
+        self.models = tuple(info for info in self.models if info.id != id)
+
+    def _refuse_while_used(self, id: str) -> None:
+        if any(id in group.request.program.models for group in self.groups.values()):
+            raise AdapterInUse(f"The adapter '{id}' is in use by 1 requests.")
 
     def has_work(self) -> bool:
         return bool(self.groups)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from decoding.core import BadRequest, EngineFailure, ModelLoadError, Overloaded, Sampling
+from decoding.core import BadRequest, EngineFailure, ModelLoadError, ModelSpec, Overloaded, Sampling
 from decoding.core import Request as EngineRequest
 from decoding.prepare import Entry, prepare
 from decoding.strategies import STRATEGIES
@@ -68,6 +68,33 @@ def test_a_process_serves_and_its_death_fails_its_requests() -> None:
         assert bridge.sequences == 0
         with pytest.raises(EngineFailure, match="must be restarted"):
             bridge.submit([request(bridge)])
+
+    with_process(test)
+
+
+def test_a_process_loads_adapters_and_its_death_fails_what_it_was_asked() -> None:
+    base = ModelSpec("base", "/models/base")
+
+    def spec(path: str) -> ModelSpec:
+        return ModelSpec("tuned", path, kind="adapter", of="base")
+
+    async def test(bridge: Bridge) -> None:
+        before = bridge.models
+        waiting = bridge.submit([request(bridge, "[wait]")])
+        await bridge.load_adapter(spec("/good"), base)
+        assert [info.of for info in bridge.models] == [None, None, None, "base"]
+        with pytest.raises(ModelLoadError, match="has no adapter_config"):
+            await bridge.load_adapter(spec("/bad"), base)
+        with pytest.raises(EngineFailure, match="RuntimeError"):
+            await bridge.load_adapter(spec("/broken"), base)
+        await bridge.unload_adapter("tuned")
+        assert bridge.models == before
+        assert waiting.open, "nothing of this touches a request"
+        waiting.close()
+        with pytest.raises(EngineFailure, match="has stopped"):
+            await bridge.load_adapter(spec("/exit"), base)
+        with pytest.raises(EngineFailure, match="has stopped"):
+            await bridge.unload_adapter("tuned")
 
     with_process(test)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +14,12 @@ import pytest
 from decoding.core import ModelInfo, ModelLoadError
 from decoding.prepare import Entry
 from decoding.strategies import STRATEGIES
+from decoding.text import TextModel
 from server.catalog import Served
 from server.config import Preset
+from tests.fakes import byte_tokenizer
 from tests.server.conftest import STEERING, TEXTS, Ask, open_client
-from tests.server.fake_engine import MODELS
+from tests.server.fake_engine import MODELS, FakeEngine
 from tests.server.test_errors import CHAT, HI, TEXT, X, error_of
 
 
@@ -106,7 +111,7 @@ def test_a_policy_in_full(ask: Ask) -> None:
         ({"policy": POLICY | {"terms": []}}, "decoding.policy.terms"),
         ({"policy": POLICY | {"terms": [{"wait": 1}]}}, "decoding.policy.terms.0.wait"),
         ({"policy": POLICY | {"gate": {"kind": "top_p", "value": 0.9, "of": "nobody"}}}, "decoding.policy.gate"),
-        ({"policy": {"terms": [{"model": "gone"}]}}, "decoding.policy"),
+        ({"policy": {"terms": [{"model": "gone"}]}}, "decoding.policy.terms"),
         ({"policy": {"terms": [{}, {}]}}, "decoding.policy.terms"),
     ],
 )
@@ -126,10 +131,90 @@ def test_every_strategy_has_an_example_above() -> None:
         ({"strategy": "contrastive", "amateur": "base-small", "plausibility": 2}, "decoding.plausibility"),
         ({"strategy": "emulated_fine_tuning", "tuned": "expert", "reference": "gone"}, "decoding.reference"),
         (STEERING | {"alpha": -0.5}, "decoding.alpha"),
+        (STEERING | {"alpha": float("nan")}, "decoding.alpha"),
+        (STEERING | {"alpha": float("inf")}, "decoding.alpha"),
+        (STEERING | {"alpha": 1e300}, "decoding.alpha"),
+        ({"strategy": "reward_guided", "arms": [{"model": "expert"}], "beta": 0}, "decoding.beta"),
+        ({"strategy": "reward_guided", "arms": [{"model": "expert"}], "beta": 1e-300}, "decoding.beta"),
+        ({"strategy": "reward_guided", "arms": [{"model": "expert", "weight": 1e7}]}, "decoding.arms"),
+        ({"strategy": "reward_guided", "arms": [{"model": "gone"}]}, "decoding.arms"),
+        (
+            {"strategy": "reward_guided", "arms": [{"model": "expert", "weight": float("nan")}]},
+            "decoding.arms",
+        ),
+        ({"strategy": "reward_guided"}, "decoding.arms"),
+        ({"strategy": "dynamic_fusion", "experts": ["expert", "gone"], "small": "base"}, "decoding.experts"),
+        ({"strategy": "emulated_fine_tuning", "tuned": ["gone"], "reference": "base"}, "decoding.tuned"),
+        ({"strategy": "cfg", "negative_prompt": "base", "guidance": 1e300}, "decoding.guidance"),
     ],
 )
 def test_bad_parameters_are_named(ask: Ask, decoding: dict[str, Any], param: str) -> None:
-    assert error_of(ask(CHAT, HI | {"model": "base", "decoding": decoding}))["param"] == param
+    content = json.dumps(HI | {"model": "base", "decoding": decoding})  # with NaN, which JSON proper has not
+    assert error_of(ask(CHAT, content=content.encode()))["param"] == param
+
+
+@pytest.fixture
+def odd_expert(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Changes what the engine tells of `expert`, or its tokenizer."""
+
+    def change(text: TextModel | None = None, **info: Any) -> None:
+        init = FakeEngine.__init__
+
+        def changed(self: FakeEngine) -> None:
+            init(self)
+            self.models = tuple(replace(each, **info) if each.id == "expert" else each for each in self.models)
+
+        monkeypatch.setattr(FakeEngine, "__init__", changed)
+        if text is not None:
+            monkeypatch.setitem(TEXTS, "expert", text)
+
+    return change
+
+
+USES: list[tuple[dict[str, Any], str]] = [
+    ({"strategy": "reward_guided", "arms": [{"model": "base-small"}, {"model": "expert"}]}, "decoding.arms"),
+    ({"strategy": "proxy_tuning", "expert": "base", "anti": "expert"}, "decoding.anti"),
+    ({"strategy": "emulated_fine_tuning", "tuned": ["base", "expert"], "reference": "base-small"}, "decoding.tuned"),
+    ({"strategy": "dynamic_fusion", "experts": ["base"], "small": "expert"}, "decoding.small"),
+    ({"strategy": "unlearning", "assistant": "expert"}, "decoding.assistant"),
+    ({"policy": {"terms": [{"model": "base"}, {"name": "x", "model": "expert"}]}}, "decoding.policy.terms"),
+]
+
+
+def test_a_scorer_does_not_draft(ask: Ask, odd_expert: Callable[..., None]) -> None:
+    odd_expert(kind="reward", parameters=1)
+    alone: dict[str, Any] = {"presets": {}, "defaults": {"model": "base"}}
+    named = error_of(ask(CHAT, HI | {"decoding": {"speculation": {"draft": "expert"}}}, **alone))
+    assert named["param"] == "decoding.speculation.draft"
+    assert "is served as a scorer" in named["message"]
+    auto = ask(CHAT, HI | {"decoding": {"speculation": True}}, **alone)
+    assert auto.json()["decoding"]["speculation"]["draft"] == "ngram", "not the smallest model, which is the scorer"
+
+
+@pytest.mark.parametrize(("decoding", "param"), USES)
+@pytest.mark.parametrize("kind", ["reward", "prm"])
+def test_a_scorer_is_no_role_of_a_policy(
+    ask: Ask, odd_expert: Callable[..., None], decoding: dict[str, Any], param: str, kind: str
+) -> None:
+    odd_expert(kind=kind)
+    alone: dict[str, Any] = {"presets": {}, "defaults": {"model": "base"}}
+    error = error_of(ask(CHAT, HI | {"model": "base", "decoding": decoding}, **alone))
+    assert error["param"] == param
+    for part in (f"'expert' is served as a scorer (kind {kind})", "autoregressive reward model", "'scorer'"):
+        assert part in error["message"]
+    as_main = error_of(ask(CHAT, HI | {"model": "expert"}, **alone))
+    assert as_main["param"] == "model"
+    assert "kind" in as_main["message"]
+
+
+@pytest.mark.parametrize(("decoding", "param"), USES)
+def test_another_vocabulary_names_the_role(
+    ask: Ask, odd_expert: Callable[..., None], decoding: dict[str, Any], param: str
+) -> None:
+    odd_expert(TextModel("expert", byte_tokenizer()))
+    error = error_of(ask(CHAT, HI | {"model": "base", "decoding": decoding}, presets={}, defaults={"model": "base"}))
+    assert error["param"] == param
+    assert "cannot be mixed: their tokenizers" in error["message"]
 
 
 @pytest.mark.parametrize("decoding", [{"strategy": "none"}, STEERING | {"expert": "gone"}, STEERING | {"beta": 1}])
