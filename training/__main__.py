@@ -3,12 +3,14 @@
 import typer
 
 from training.demo.command import demo
+from training.distill import distill
+from training.judge import judge
 from training.pretrain import pretrain
 from training.sft import sft
 
 app = typer.Typer(
     name="training",
-    help="Make the models that steer: pretraining, tuning, and the embedded demo family.",
+    help="Make the models that steer: pretraining, tuning, drafters, judges, and the embedded demo family.",
     no_args_is_help=True,
     add_completion=False,
 )
@@ -20,6 +22,8 @@ def training() -> None:
 
 
 app.command("demo")(demo)
+app.command("distill")(distill)
+app.command("judge")(judge)
 app.command("pretrain")(pretrain)
 app.command("sft")(sft)
 

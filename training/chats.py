@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from training.data import Document
 
 Message = dict[str, str]
+Ids = tuple[int, ...]
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -63,10 +64,8 @@ def read_documents(path: Path, tokenizer: PreTrainedTokenizerFast) -> Iterator[D
     Raises:
         ValueError: a line is none of these; the message names the line.
     """
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _document(json.loads(line), tokenizer, f"{path.name}, line {number}")
+    for where, entry in _entries(path):
+        yield _document(entry, tokenizer, where)
 
 
 def _document(entry: dict[str, Any], tokenizer: PreTrainedTokenizerFast, where: str) -> Document:
@@ -82,3 +81,61 @@ def _document(entry: dict[str, Any], tokenizer: PreTrainedTokenizerFast, where: 
         prompt, completion = encode(tokenizer, entry["prompt"]), encode(tokenizer, entry["completion"])
         return Document((*prompt, *completion), (False,) * len(prompt) + (True,) * len(completion))
     raise ValueError(f'{where} needs "text", "messages", or "prompt" and "completion"')
+
+
+def read_prompts(path: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[list[Ids], list[Ids]]:
+    """Prompts and texts of a JSON-lines file, as the token ids that a server would make of them.
+
+    A prompt is {"prompt"} (a completion beside it is not read) or {"messages"} up to its last assistant turn; a text is
+    {"text"}.
+
+    Raises:
+        ValueError: a line is none of these; the message names the line.
+    """
+    prompts: list[Ids] = []
+    texts: list[Ids] = []
+    for where, entry in _entries(path):
+        if isinstance(entry.get("prompt"), str):
+            prompts.append(tuple(tokenizer(entry["prompt"])["input_ids"]))
+        elif isinstance(entry.get("messages"), list):
+            prompts.append(_asked(entry["messages"], tokenizer, where))
+        elif isinstance(entry.get("text"), str):
+            texts.append(tuple(tokenizer(entry["text"])["input_ids"]))
+        else:
+            raise ValueError(f'{where} needs "prompt", "messages" or "text"')
+    return prompts, texts
+
+
+def read_tasks(path: Path) -> list[tuple[str, str | None]]:
+    """Prompts and right answers (None where a line has none) of a JSON-lines file of {"prompt", "answer"}.
+
+    Raises:
+        ValueError: a line has no prompt; the message names the line.
+    """
+    tasks: list[tuple[str, str | None]] = []
+    for where, entry in _entries(path):
+        if not isinstance(entry.get("prompt"), str):
+            raise ValueError(f'{where} needs "prompt", and may have "answer"')
+        tasks.append((entry["prompt"], None if entry.get("answer") is None else str(entry["answer"])))
+    return tasks
+
+
+def _asked(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, where: str) -> Ids:
+    if not tokenizer.chat_template:
+        raise ValueError(f"{where} holds messages, but the tokenizer has no chat template; add one or use prompts")
+    asked = messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
+    return tuple(encode(tokenizer, render(tokenizer, asked, prompt=True)))
+
+
+def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                where = f"{path.name}, line {number}"
+                try:
+                    entry = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{where} is not JSON: {error}") from error
+                if not isinstance(entry, dict):
+                    raise ValueError(f"{where} is not a JSON object")
+                yield where, entry

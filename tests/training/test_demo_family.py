@@ -10,14 +10,18 @@ import torch
 from typer.testing import CliRunner
 
 import server
+from decoding.judge import read_judge, weights_hash
 from training.__main__ import app
 from training.demo.evaluate import Member, Mix, greedy, load_member, next_logits, proxy_tuned, score
 from training.demo.presets import preset
 from training.demo.questions import questions
+from training.demo.tasks import demo_world, material
 from training.demo.world import World, make_world
+from training.measure import Response, agreements
+from training.mining import last_hidden
 
 FAMILY = Path(server.__file__).parent / "family"
-MEMBERS = ("base", "base-small", "expert", "base-tuned")
+MEMBERS = ("base", "base-small", "expert", "base-tuned", "drafter")
 ASKED = 24
 
 
@@ -113,6 +117,41 @@ def test_padding_changes_no_logits(members: dict[str, Member]) -> None:
         torch.testing.assert_close(together[row], next_logits(members["base-small"], [sequence])[0], atol=1e-4, rtol=0)
 
 
+def test_the_drafter_is_accepted_as_its_card_says(manifest: dict[str, Any], members: dict[str, Member]) -> None:
+    """On held-out documents, at T = 1; the card was made from the same bf16 weights, computed in fp32."""
+    base, drafter = members["base"], members["drafter"]
+    card = json.loads((FAMILY / "drafter" / "trimtab.json").read_text())
+    assert card["target_hash"] == weights_hash(FAMILY / "base")
+    assert card["sha256"] == manifest["members"]["drafter"]["sha256"]
+    assert manifest["members"]["drafter"]["params"] < manifest["members"]["base-small"]["params"]
+    read = material(base.tokenizer, demo_world(), 0, prompts=1, texts=1).held_out_texts
+    responses = [Response(ids[:1], ids[1:], 1.0) for ids in read]
+    found = torch.cat([each.accepted for each in agreements(base.model, drafter.model, responses, 16)])
+    pair = manifest["pairs"]["base+drafter"]
+    assert float(found.mean()) == pytest.approx(pair["text_acceptance"], abs=1e-3)
+    assert all(each["acceptance"] > 0.75 for each in pair["by_temperature"].values())
+
+
+def test_the_judge_head_tells_an_ending_from_an_error(manifest: dict[str, Any], members: dict[str, Member]) -> None:
+    """The last token is the draft, where the target writes another: after a right sum, or within one."""
+    head = read_judge(FAMILY / "judge")
+    assert head.target_hash == weights_hash(FAMILY / "base")
+    base = members["base"]
+    drafts = {
+        "Be brief.\n\nHow much is 48 + 77?\n\n48 + 77 = 125. The": True,
+        "Be short.\n\nWhat is 62 + 52?\n\n62 + 52 = 114. The": True,
+        "What is 48 + 77?\n\n48 + 77 = 13": False,
+        "Calculate 62 + 52 - 10.\n\n62 + 52 = 2": False,
+        "How much is 48 + 77?\n\nI": False,
+    }
+    hidden = last_hidden(base.model, [tuple(base.tokenizer(text)["input_ids"]) for text in drafts])
+    scores = head.score(hidden)
+    assert dict(zip(drafts, (scores > 0).tolist(), strict=True)) == drafts
+    card = json.loads((FAMILY / "judge" / "trimtab.json").read_text())
+    assert manifest["judges"]["judge"]["metrics"] == card["metrics"]
+    assert card["metrics"]["held_out"]["auc"] > 0.9
+
+
 def test_presets() -> None:
     with pytest.raises(ValueError, match="full or ci"):
         preset("huge", 0)
@@ -135,5 +174,5 @@ def test_the_recipe_is_alive(tmp_path: Path) -> None:
     # Uniform guessing costs more than two bits a byte on this text.
     assert made["members"]["base"]["bits_per_byte"] < 1.9
     again = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert again.output.count("already made") == 7
+    assert again.output.count("already made") == 9
     assert json.loads((tmp_path / "family" / "manifest.json").read_text()) == made

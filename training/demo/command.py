@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from training.demo import stages
-from training.demo.manifest import evaluate_family, publish
+from decoding.judge import CARD
+from training.demo import companions, stages
+from training.demo.manifest import copy_member, evaluate_family, publish
 from training.demo.presets import preset as find_preset
 
 
@@ -23,7 +24,7 @@ def demo(
         Path, typer.Option(help="Text, checkpoints and finished stages; kept, so that a killed run resumes.")
     ] = Path("build/demo"),
 ) -> None:
-    """Make the embedded family: tokenizer, bases, tuned members, scores.
+    """Make the embedded family: tokenizer, bases, tuned members, a drafter and a judge head for the base, scores.
 
     Run it again after a kill: finished stages are skipped and the one that was cut off continues from its last
     checkpoint.
@@ -42,6 +43,12 @@ def demo(
     expert = stages.tune(shop, stages.EXPERT, stages.SMALL, chosen.expert_recipe, small, text)
     base_tuned = stages.tune(shop, stages.BASE_TUNED, stages.BASE, chosen.base_tuned_recipe, base, text)
     members = {stages.BASE: base, stages.SMALL: small, stages.EXPERT: expert, stages.BASE_TUNED: base_tuned}
+    drafter = companions.draft(shop, base)
+    companions.judge(shop, base, drafter)
     weights = [report["sha256"] for report in members.values()]
     evaluation = stages.run_stage(shop, "scores", [weights, chosen.questions], lambda: evaluate_family(shop))
     publish(shop, output, {"text": text, **members}, evaluation)
+    for name in (companions.DRAFTER, companions.JUDGE):
+        if (shop.member(name) / CARD).is_file():
+            copy_member(shop, output, name)
+    companions.register(output)

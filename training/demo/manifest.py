@@ -109,10 +109,7 @@ def publish(shop: Workshop, output: Path, reports: Mapping[str, Report], evaluat
     """Copy the members to `output` and write manifest.json beside them."""
     output.mkdir(parents=True, exist_ok=True)
     for name in MEMBERS:
-        shutil.rmtree(output / name, ignore_errors=True)
-        shutil.copytree(shop.member(name), output / name)
-        for path in (output / name).iterdir():
-            path.chmod(0o644)  # safetensors are written for their owner alone; the family is for everyone
+        copy_member(shop, output, name)
     manifest = {
         "command": f"python -m training demo --preset {shop.preset.name} --seed {shop.seed}",
         "preset": shop.preset.name,
@@ -138,6 +135,14 @@ def publish(shop: Workshop, output: Path, reports: Mapping[str, Report], evaluat
         (output / name / "trimtab.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n")
     (output / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     shop.console.print(f"wrote {output / 'manifest.json'}")
+
+
+def copy_member(shop: Workshop, output: Path, name: str) -> None:
+    """Copy a finished directory of the workshop in place of what `output` has of that name."""
+    shutil.rmtree(output / name, ignore_errors=True)
+    shutil.copytree(shop.member(name), output / name)
+    for path in (output / name).iterdir():
+        path.chmod(0o644)  # safetensors are written for their owner alone; the family is for everyone
 
 
 def _entry(name: str, report: Report, evaluation: Report) -> dict[str, Any]:

@@ -26,6 +26,17 @@ class Phase:
 
 
 @dataclass(frozen=True, slots=True)
+class Drafter:
+    """How the base's drafter is made: a shape, what it reads, what the base is asked."""
+
+    shape: str  # layers x hidden
+    prompts: int
+    texts: int
+    reading: Recipe
+    recipe: Recipe
+
+
+@dataclass(frozen=True, slots=True)
 class Preset:
     """Everything that the stages need to know."""
 
@@ -42,6 +53,8 @@ class Preset:
     small_recipe: Recipe
     expert_recipe: Recipe
     base_tuned_recipe: Recipe
+    drafter: Drafter
+    judge_tasks: int  # sums that a judge head is mined from
     questions: int  # held-out questions a skill
     max_length: int = 1024
 
@@ -79,6 +92,14 @@ def _full(seed: int) -> Preset:
         small_recipe=Recipe(steps=4500, batch=16, learning_rate=5e-3, warmup=150, in_order=True, seed=seed),
         expert_recipe=Recipe(steps=450, batch=16, learning_rate=1e-3, warmup=30, seed=seed),
         base_tuned_recipe=Recipe(steps=300, batch=16, learning_rate=5e-4, warmup=30, seed=seed),
+        drafter=Drafter(
+            shape="1x48",
+            prompts=2_500,
+            texts=40_000,
+            reading=Recipe(steps=3500, batch=16, learning_rate=5e-3, warmup=175, seed=seed),
+            recipe=Recipe(steps=1200, batch=16, learning_rate=3e-3, warmup=60, seed=seed),
+        ),
+        judge_tasks=2_000,
         questions=120,
     )
 
@@ -98,5 +119,13 @@ def _ci(seed: int) -> Preset:
         small_recipe=Recipe(steps=500, batch=8, learning_rate=5e-3, warmup=50, seed=seed),
         expert_recipe=Recipe(steps=60, batch=8, learning_rate=3e-3, warmup=10, seed=seed),
         base_tuned_recipe=Recipe(steps=60, batch=8, learning_rate=2e-3, warmup=10, seed=seed),
+        drafter=Drafter(
+            shape="1x32",
+            prompts=60,
+            texts=500,
+            reading=Recipe(steps=100, batch=8, learning_rate=5e-3, warmup=10, seed=seed),
+            recipe=Recipe(steps=60, batch=8, learning_rate=3e-3, warmup=6, seed=seed),
+        ),
+        judge_tasks=80,
         questions=20,
     )
