@@ -20,6 +20,7 @@ from decoding.core import (
     Event,
     Failed,
     FinishReason,
+    ModelLoadError,
     ModelSpec,
     PromptLogprobs,
     Request,
@@ -27,6 +28,7 @@ from decoding.core import (
     TokenTrace,
     Usage,
 )
+from decoding.judge import JudgeHead, local_directory, read_judge, weights_hash
 
 
 @dataclass(slots=True)
@@ -65,10 +67,39 @@ def load_models(
     texts = load_texts(specs)
     hosted = {}
     for spec in specs:
+        if spec.kind == "judge":
+            continue
         runner = runners[spec.of or spec.id]
         adapter = runner.load_adapter(spec.id, spec.path) if spec.kind == "adapter" else None
         hosted[spec.id] = Hosted(runner, texts[spec.id], spec.kv_memory, adapter)
     return hosted
+
+
+def load_judges(specs: Iterable[ModelSpec], hosted: Mapping[str, Hosted]) -> dict[str, JudgeHead]:
+    """The judge heads among `specs`, by the model that each is of, for `Engine(models, judges=...)`.
+
+    Raises ModelLoadError for one that was trained on other weights, does not fit, or is the second of its model.
+    """
+    specs = list(specs)
+    paths = {spec.id: spec.path for spec in specs}
+    found: dict[str, JudgeHead] = {}
+    for spec in specs:
+        if spec.kind != "judge":
+            continue
+        of = spec.of or ""
+        if of not in hosted or hosted[of].adapter is not None:
+            raise ModelLoadError(f"The judge '{spec.id}' is of '{of}', which is no model that is served.")
+        if of in found:
+            raise ModelLoadError(f"The judge '{spec.id}' is the second one of '{of}'; a model has one.")
+        head = read_judge(spec.path)
+        size = getattr(hosted[of].runner, "hidden_size", head.weight.shape[0])
+        if head.weight.shape[0] != size:
+            message = f"The judge '{spec.id}' reads {head.weight.shape[0]} numbers; '{of}' has {size} a token."
+            raise ModelLoadError(message)
+        if head.target_hash != weights_hash(local_directory(paths[of])):
+            raise ModelLoadError(f"The judge '{spec.id}' was trained on other weights than those of '{of}'.")
+        found[of] = head
+    return found
 
 
 def collect(step: Callable[[], list[Event]], requests: Seq[Request]) -> list[Completion]:

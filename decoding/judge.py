@@ -56,6 +56,15 @@ def read_judge(path: str | Path) -> JudgeHead:
     return JudgeHead(weight, bias, target)
 
 
+def local_directory(path: str) -> Path:
+    """Where the files of a model's `path` lie, a directory or the id of a hub model that has been loaded."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, local_files_only=True))
+
+
 def weights_hash(directory: str | Path) -> str:
     """sha256 over the bytes of a directory's safetensors files in the order of their names, in hex.
 

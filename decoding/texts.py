@@ -9,12 +9,13 @@ from pathlib import Path
 from decoding.core import ModelLoadError, ModelSpec
 from decoding.text import TextModel
 
+PARTS = ("adapter", "judge")  # kinds that belong to another model
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 def load_texts(specs: Iterable[ModelSpec]) -> dict[str, TextModel]:
-    """Tokenizers and templates by model id, in the order of `specs`. Raises ModelLoadError."""
-    specs = tuple(specs)
+    """Tokenizers and templates by model id, in the order of `specs`; judge heads have none. Raises ModelLoadError."""
+    specs = tuple(spec for spec in specs if spec.kind != "judge")
     bases = base_specs(specs)
     texts = {spec.id: TextModel.load(spec) for spec in bases.values()}
     for spec in specs:
@@ -44,13 +45,13 @@ def own_text(spec: ModelSpec, base: ModelSpec) -> TextModel | None:
 
 
 def base_specs(specs: Iterable[ModelSpec]) -> Mapping[str, ModelSpec]:
-    """The models that are no adapters, by id. Raises ModelLoadError for an adapter of none of them."""
+    """What has weights of its own to run, by id. Raises ModelLoadError for an adapter or judge of none of them."""
     specs = tuple(specs)
-    bases = {spec.id: spec for spec in specs if spec.kind != "adapter"}
+    bases = {spec.id: spec for spec in specs if spec.kind not in PARTS}
     for spec in specs:
-        if spec.kind == "adapter" and spec.of not in bases:
+        if spec.kind in PARTS and spec.of not in bases:
             whose = (
                 f"is of '{spec.of}', which is no model that is served" if spec.of else "names no model that it is of"
             )
-            raise ModelLoadError(f"The adapter '{spec.id}' {whose}.")
+            raise ModelLoadError(f"The {spec.kind} '{spec.id}' {whose}.")
     return bases

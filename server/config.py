@@ -22,6 +22,7 @@ from server.family import FAMILY, embedded_family
 
 logger = logging.getLogger("trimtab.server")
 
+PARTS = ("adapter", "judge")  # kinds of entries that belong to another one
 RESERVED = ("auto", "ngram", "prediction")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -66,10 +67,10 @@ class Strict(BaseModel):
 
 
 class ModelEntry(Strict):
-    """One entry under `models`. An adapter is a PEFT LoRA directory `of` another entry."""
+    """One entry under `models`. An adapter is a PEFT LoRA directory `of` another entry, a judge a judge head of one."""
 
     path: str
-    kind: Annotated[Literal["causal", "adapter"], BeforeValidator(_to_kind)] = "causal"
+    kind: Annotated[Literal["causal", "adapter", "judge"], BeforeValidator(_to_kind)] = "causal"
     of: str | None = None
     dtype: str | None = None
     device: str | None = None
@@ -141,7 +142,7 @@ class Config(Strict):
     @property
     def default_model(self) -> str:
         """The id that a request without `model` means."""
-        return self.defaults.model or next(iter(self.models))
+        return self.defaults.model or next(name for name, entry in self.models.items() if entry.kind != "judge")
 
     def specs(self) -> tuple[ModelSpec, ...]:
         """What the engine loads: an entry's own setting, else the server's."""
@@ -277,17 +278,20 @@ def _embedded(manifest: Path) -> dict[str, Any]:
         ) from error
 
 
-def _check_adapter(config: Config, name: str, entry: ModelEntry) -> None:
-    if entry.kind != "adapter":
+def _check_part(config: Config, name: str, entry: ModelEntry) -> None:
+    """An adapter and a judge head belong to a model and have what that has."""
+    if entry.kind not in PARTS:
         if entry.of is not None:
-            raise ConfigError(f"models.{name}.of: only an adapter is of another model (kind: adapter).")
+            raise ConfigError(f"models.{name}.of: only {' and '.join(PARTS)} are of another model (kind: adapter).")
         return
-    bases = [each for each, model in config.models.items() if model.kind != "adapter"]
+    bases = [each for each, model in config.models.items() if model.kind not in PARTS]
     if entry.of not in bases:
-        raise ConfigError(f"models.{name}.of: name the model that the adapter is of: {', '.join(bases) or 'none'}.")
+        raise ConfigError(
+            f"models.{name}.of: name the model that the {entry.kind} is of: {', '.join(bases) or 'none'}."
+        )
     for key in ("dtype", "device", "max_model_len", "kv_memory"):
         if getattr(entry, key) is not None:
-            raise ConfigError(f"models.{name}.{key}: an adapter has that of its model '{entry.of}'.")
+            raise ConfigError(f"models.{name}.{key}: the {entry.kind} has that of its model '{entry.of}'.")
 
 
 def _check_admin(config: Config) -> None:
@@ -302,16 +306,15 @@ def _check_admin(config: Config) -> None:
 
 def _check_references(config: Config) -> None:
     _check_admin(config)
-    names = [*config.models, *config.presets]
+    models = [name for name, entry in config.models.items() if entry.kind != "judge"]
+    names = [*models, *config.presets]
     for name, entry in config.models.items():
-        _check_adapter(config, name, entry)
+        _check_part(config, name, entry)
     for name, preset in config.presets.items():
         if name in config.models or name in RESERVED:
             raise ConfigError(f"presets: the name '{name}' is taken.")
-        if preset.model not in config.models:
-            raise ConfigError(
-                f"presets.{name}.model: '{preset.model}' is not served.{nearest(preset.model, config.models)}"
-            )
+        if preset.model not in models:
+            raise ConfigError(f"presets.{name}.model: '{preset.model}' is not served.{nearest(preset.model, models)}")
     if config.defaults.model is not None and config.defaults.model not in names:
         raise ConfigError(
             f"defaults.model: '{config.defaults.model}' is not served.{nearest(config.defaults.model, names)}"

@@ -23,7 +23,8 @@ PRESETS = {
 def embedded_family(manifest: Path = FAMILY) -> dict[str, Any]:
     """Models, presets and defaults from a manifest. Raises OSError, ValueError and KeyError for one that is not there.
 
-    `members`: name to entry, with `path` (default: the name) and `plain_template` (default: the manifest's own).
+    `members`: name to entry, with `path` (default: the name) and `plain_template` (default: the manifest's own);
+    `judges`: name to entry, with `target` and `path`.
     """
     described = json.loads(manifest.read_text(encoding="utf-8"))
     shared = described.get("plain_template")
@@ -34,4 +35,6 @@ def embedded_family(manifest: Path = FAMILY) -> dict[str, Any]:
         }
         for name, member in described["members"].items()
     }
+    for name, judge in described.get("judges", {}).items():
+        models[name] = {"path": str(manifest.parent / judge.get("path", name)), "kind": "judge", "of": judge["target"]}
     return {"models": models, "presets": dict(PRESETS), "defaults": {"model": DEFAULT}}

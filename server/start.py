@@ -30,10 +30,11 @@ from server.state import Services
 def make_engine(specs: tuple[ModelSpec, ...], config: EngineConfig) -> EngineLike:
     """Loads the models; runs in the engine's process. Raises ModelLoadError."""
     from decoding.engine import Engine  # not before: the server's process never needs weights
-    from decoding.generate import load_models
+    from decoding.generate import load_judges, load_models
 
     options = {"compile": config.compile, "self_check": config.self_check, "adapters": config.adapters}
-    return Engine(load_models(specs, **options), config)
+    hosted = load_models(specs, **options)
+    return Engine(hosted, config, load_judges(specs, hosted))
 
 
 class Server(uvicorn.Server):
