@@ -96,7 +96,7 @@ def test_adapters_are_served_as_models(root: Path) -> None:
         ("a: {path: x}, b: {path: y, kind: adapter}", r"models\.b\.of: name the model that the adapter is of: a\."),
         ("a: {path: x}, b: {path: y, kind: adapter, of: c}", r"models\.b\.of: name the model"),
         ("a: {path: x}, b: {path: y, kind: adapter, of: b}", r"models\.b\.of: name the model"),
-        ("a: {path: x}, b: {path: y, of: a}", r"models\.b\.of: only an adapter"),
+        ("a: {path: x}, b: {path: y, of: a}", r"models\.b\.of: only adapter and judge"),
         ("a: {path: x}, b: {path: y, kind: adapter, of: a, dtype: float32}", r"models\.b\.dtype: .*its model 'a'"),
         ("a: {path: x}, b: {path: y, kind: adaptor, of: a}", r"models\.b\.kind: "),
         ("a: {path: x}, b: {path: y, kind: reward}", r"models\.b\.kind: models of kind reward score texts"),

@@ -55,12 +55,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def ask(
-    root: Path, *bodies: dict[str, Any], path: str = "/v1/completions"
-) -> tuple[list[httpx.Response], str, list[str]]:
+Told = tuple[list[httpx.Response], str, list[str]]
+
+
+def ask(root: Path, *bodies: dict[str, Any], path: str = "/v1/completions") -> Told:
     """Answers to bodies sent at once, the metrics, and the ids of the models."""
 
-    async def run() -> tuple[list[httpx.Response], str, list[str]]:
+    async def run() -> Told:
         config = load_config(file=str(root / "trimtab.yaml"), environment={})
         bridge = Bridge(functools.partial(make_engine, config.specs(), config.engine()), launch=launch_thread)
         await bridge.start()
@@ -69,7 +70,7 @@ def ask(
             async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
                 answers = await asyncio.gather(*(client.post(path, json=body) for body in bodies))
                 await asyncio.sleep(0.4)  # the engine tells its statistics now and then
-                await client.post(path, json=TEXT | {"max_tokens": 1})
+                await client.post("/v1/completions", json=TEXT | {"max_tokens": 1})
                 listed = [each["id"] for each in (await client.get("/v1/models")).json()["data"]]
                 return list(answers), (await client.get("/metrics")).text, listed
         finally:
@@ -86,7 +87,10 @@ def test_drafts_change_the_cost_and_not_the_text(root: Path) -> None:
     assert listed == ["base", "small", "fast"]  # a judge head is no model
     for batch in (answers[:4], answers[4:]):
         assert len({a.json()["choices"][0]["text"] for a in batch}) == 1
-        assert len({json.dumps(a.json()["choices"][0]["logprobs"]) for a in batch}) == 1
+        first, *others = [a.json()["choices"][0]["logprobs"] for a in batch]
+        for other in others:  # to rounding: batches of other shapes add up in another order
+            assert (other is None) == (first is None)
+            assert first is None or other["token_logprobs"] == pytest.approx(first["token_logprobs"], abs=1e-4)
     drafts = answers[1].json()["decoding"]["speculation"]
     assert drafts["drafted"] > 0
     assert drafts["block_efficiency"] == pytest.approx(24 / (24 - drafts["accepted"]), abs=0.5)
@@ -102,29 +106,19 @@ def test_a_judge_is_used_and_told(root: Path) -> None:
     (judged, alone), _, _ = ask(root, judge, TEXT | {"model": "small"})
     assert judged.json()["choices"][0]["text"] == alone.json()["choices"][0]["text"]
     assert judged.json()["decoding"]["lossless"] is False
-    (refused,), _, _ = ask(
-        root,
-        judge
-        | {"model": "small", "decoding": judge["decoding"] | {"speculation": {"draft": "base", "accept": "judge"}}},
-    )
+    other = {"speculation": {"draft": "base", "accept": "judge"}}
+    (refused,), _, _ = ask(root, TEXT | {"model": "small", "decoding": other})
     assert error_of(refused)["param"] == "decoding.speculation.accept"
 
 
 def test_a_prediction_drafts(root: Path) -> None:
-    (plain,), _, _ = ask(root, TEXT)
-    text = plain.json()["choices"][0]["text"]
-    body = {
-        "model": "base",
-        "messages": [{"role": "user", "content": TEXT["prompt"]}],
-        "max_tokens": 24,
-        "temperature": 0,
-    }
-    (chat,), _, _ = ask(root, body | {"ignore_eos": True}, path="/v1/chat/completions")
+    body = {key: value for key, value in TEXT.items() if key != "prompt"}
+    body |= {"messages": [{"role": "user", "content": TEXT["prompt"]}]}
+    (chat,), _, _ = ask(root, body, path="/v1/chat/completions")
     said = chat.json()["choices"][0]["message"]["content"]
     prediction = {"type": "content", "content": said}
-    (again,), _, _ = ask(root, body | {"ignore_eos": True, "prediction": prediction}, path="/v1/chat/completions")
+    (again,), _, _ = ask(root, body | {"prediction": prediction}, path="/v1/chat/completions")
     assert again.json()["choices"][0]["message"]["content"] == said
-    assert text
     drafts = again.json()["decoding"]["speculation"]
     assert drafts["draft"] == "prediction"
     assert again.json()["usage"]["completion_tokens_details"]["accepted_prediction_tokens"] == drafts["accepted"]
