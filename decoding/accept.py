@@ -287,7 +287,7 @@ def _decide(
     """Accepted drafts into `found`; into `final` the row whose token follows them, which `choice` then holds."""
     open_rows = [row for c in checks if c.weighs for row in _rows(c)]
     place = {row: i for i, row in enumerate(open_rows)}
-    cut = kept(z[open_rows], [places[row].sampling for row in open_rows])  # [m, W]
+    cut = kept(z[open_rows], [places[row].sampling for row in open_rows]) if open_rows else z[:0]  # [m, W]
     probs = torch.softmax(cut, 1)
     closing: list[tuple[int, torch.Tensor, Lane]] = []  # (row, log-weights [W], lane) of tokens that are still drawn
     for name, rule in RULES.items():
