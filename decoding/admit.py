@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from decoding.accept import RULES
 from decoding.core import LOOKUPS, AdapterInfo, BadRequest, ModelRunner, Policy, Request, Role, UnknownModel
 from decoding.kv import BlockPool, root_key
-from decoding.lookup import Lookup
+from decoding.lookup import Lookup, Source
 from decoding.output import OutputText
 from decoding.state import Draft, Group, Sequence, Track
 from decoding.text import TextModel
@@ -38,10 +38,14 @@ def make_group(
 ) -> Group:
     """The request's sequences, not yet queued. `judges`: models with a judge head. Raises BadRequest, UnknownModel."""
     spec = request.program.speculation
-    if spec is not None and RULES[spec.accept or "rejection"].judges and request.text_model not in judges:
+    judged = spec is not None and RULES[spec.accept or "rejection"].judges
+    if judged and request.text_model not in judges:
         message = f"No judge head of '{request.text_model}' is loaded; it is a model entry of kind 'judge'."
         raise BadRequest(message, "decoding.speculation.accept")
     policy, prompts = _needed(request)
+    if judged and policy.terms[0].name != request.program.policy.terms[0].name:
+        message = f"'{request.text_model}' has weight 0 in this policy, so that there is nothing for its judge to read."
+        raise BadRequest(message, "decoding.speculation.accept")
     policy = replace(policy, terms=tuple(replace(term, role=resolve(term.role, hosted)) for term in policy.terms))
     views: dict[tuple[str, str | None, tuple[int, ...]], str] = {}
     for term, prompt in zip(policy.terms, prompts, strict=True):
@@ -55,6 +59,9 @@ def make_group(
     group = Group(request, serial, policy, term_tracks, request.width, room, seed=_seed(request))
     if request.sampling.prompt_logprobs is not None:
         group.prompt_logprobs = [None]
+    source = None
+    if spec is not None and spec.draft in LOOKUPS:
+        source = Source(request.prediction if spec.draft == "prediction" else request.prompts[0])
     for index in range(request.n):
         tracks = [
             Track(model, prompt, _root(model, adapter, request.salt, hosted), adapter)
@@ -66,7 +73,7 @@ def make_group(
             sequence.next_row = -_scored(request.prompts[0], tracks) - 1
         if request.constraint is not None:
             sequence.constraint = request.constraint()
-        sequence.draft = _draft(sequence, hosted)
+        sequence.draft = _draft(sequence, source, hosted)
         group.sequences.append(sequence)
     return group
 
@@ -79,8 +86,8 @@ def _seed(request: Request) -> int | None:
     return request.sampling.seed
 
 
-def _draft(sequence: Sequence, hosted: Mapping[str, Hosted]) -> Draft | None:
-    """How the sequence drafts. Raises BadRequest, UnknownModel.
+def _draft(sequence: Sequence, source: Source | None, hosted: Mapping[str, Hosted]) -> Draft | None:
+    """How the sequence drafts; `source` is where lookups look. Raises BadRequest, UnknownModel.
 
     A model that is a role of the policy drafts as that role; another one is shown what the main model is shown.
     """
@@ -89,10 +96,9 @@ def _draft(sequence: Sequence, hosted: Mapping[str, Hosted]) -> Draft | None:
         return None
     rule = RULES[spec.accept or "rejection"]
     bonus = rule.bonus if spec.bonus is None else spec.bonus
-    if spec.draft in LOOKUPS:
-        prompt = request.prompts[0]
-        predicted = request.prediction if spec.draft == "prediction" else None
-        return Draft(spec, lookup=Lookup(prompt, spec.max_ngram, predicted), bonus=bonus)
+    if source is not None:
+        predicted = spec.draft == "prediction"
+        return Draft(spec, lookup=Lookup(request.prompts[0], source, spec.max_ngram, predicted), bonus=bonus)
     role = resolve(Role(spec.draft), hosted)
     for term, track in zip(sequence.group.policy.terms, sequence.group.term_tracks):
         if track > 0 and (term.role.model, term.role.adapter) == (role.model, role.adapter):

@@ -107,7 +107,7 @@ class Engine:
         generator.manual_seed(int.from_bytes(os.urandom(7), "little"))
         self._clock = Clock()
         self._pace = Pace(self._clock)
-        self._proposer = Proposer(self._run, generator, self._clock)
+        self._proposer = Proposer(self._run, generator, self._clock, self._pace)
         self.judges = dict(judges or {})
         self._decider = Decider(self._device, generator, lambda id: self.hosted[id].text, self.judges)
 
@@ -245,14 +245,13 @@ class Engine:
         # All inputs first: a failed request gives its blocks back, and other models' forwards still name them.
         inputs = {model: [_span_input(span) for span in spans] for model, spans in plan.spans.items()}
         for model, spans in plan.spans.items():
-            groups = {span.sequence.group for span in spans}
             began = time.perf_counter()
             try:
-                rows[model] = self._run(model, inputs[model], groups, model in judged)
+                rows[model] = self._run(model, inputs[model], _groups(spans), model in judged)
             except Exception as error:
-                logger.exception("the forward of '%s' failed", model)
-                for group in groups:
-                    self._fail(group, f"The forward pass of '{model}' failed: {type(error).__name__}.")
+                found = self._without_drafters(plan, model, error, model in judged)
+                if found is not None:
+                    rows[model] = found
                 continue
             if all(span.rows == span.count for span in spans):
                 self._clock.saw(("forward", model), sum(s.count for s in spans), time.perf_counter() - began)
@@ -261,6 +260,24 @@ class Engine:
         plan.samples = [sample for sample in plan.samples if not sample.sequence.finished]
         _add_drafted_rows(plan.samples, rows)
         return rows
+
+    def _without_drafters(self, plan: Plan, model: str, error: Exception, want_hidden: bool) -> Rows | None:
+        """A forward has failed: without the drafters that were catching up in it, once more; else its requests fail."""
+        logger.error("the forward of '%s' failed", model, exc_info=error)
+        own = [s for s in plan.spans[model] if s.sequence.draft and s.track is s.sequence.draft.own]
+        for span in own:
+            if span.sequence.draft:
+                self.scheduler.retire(span.sequence.draft)
+        rest = plan.spans[model] = [span for span in plan.spans[model] if span not in own]
+        if own and rest:
+            try:
+                return self._run(model, [_span_input(span) for span in rest], _groups(rest), want_hidden)
+            except Exception as again:
+                error = again
+                logger.exception("the forward of '%s' failed again", model)
+        for group in _groups(rest):
+            self._fail(group, f"The forward pass of '{model}' failed: {type(error).__name__}.")
+        return None
 
     def _run(self, model: str, spans: list[SpanInput], groups: set[Group], want_hidden: bool = False) -> Rows:
         """One packed forward, counted."""
@@ -390,7 +407,7 @@ class Engine:
         if draft.lookup:
             draft.lookup.push(token)
         elif draft.own and token >= self.runners[draft.own.model].width:
-            draft.broken = True  # it has no such token, and could not go on behind it
+            self.scheduler.retire(draft)  # it has no such token, and could not go on behind it
 
     def _fail_empty(self, sequence: Sequence) -> None:
         group = sequence.group
@@ -471,6 +488,10 @@ def _adapters(group: Group) -> set[str | None]:
     """Adapters that the request uses, to draft too."""
     drafting = {s.draft.own.adapter for s in group.sequences if s.draft is not None and s.draft.own is not None}
     return drafting | {term.role.adapter for term in group.policy.terms}
+
+
+def _groups(spans: Seq[Span]) -> set[Group]:
+    return {span.sequence.group for span in spans}
 
 
 def _span_input(span: Span) -> SpanInput:

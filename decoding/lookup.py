@@ -2,49 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+CANDIDATES = 64  # earlier places that are looked at, the latest first
+
+
+class Source:
+    """Ids in which runs are looked up, indexed once, when first needed. Shared by the choices of a request."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.ids = ids
+        self._places: dict[int, list[int]] | None = None
+
+    def places(self, token: int) -> Sequence[int]:
+        """Where `token` stands, ascending."""
+        if self._places is None:
+            self._places = {}
+            for at, each in enumerate(self.ids):
+                self._places.setdefault(each, []).append(at)
+        return self._places.get(token, ())
 
 
 class Lookup:
     """Proposes what followed the last occurrence of the longest recent run of tokens (prompt lookup decoding).
 
-    With `prediction`, drafts come from that text alone, from its start while nothing has been generated. Otherwise
-    they come from `prompt` and the output. Runs of `max_ngram` tokens down to one are tried, the longest first.
+    With a prediction, `source` is that text, and drafts come from it alone, from its start while nothing has been
+    generated. Otherwise `source` is the prompt, and drafts come from prompt and output; a draft that reaches the end of
+    the text goes on with itself, so that repetitions go on. Runs of up to `max_ngram` tokens are compared.
     """
 
-    def __init__(self, prompt: Sequence[int], max_ngram: int, prediction: Sequence[int] | None = None) -> None:
-        self._own = prediction is None
-        self._max = max_ngram
-        self._source = list(prompt if prediction is None else prediction)  # what drafts are taken from
-        self._recent = list(prompt[-max_ngram:])
-        self._ends: dict[tuple[int, ...], int] = {}  # run -> where what followed it starts, the last time
-        self._at: int | None = 0 if prediction else None  # of a prediction: where the text goes on, while it fits
-        self._indexed = 0
-        self._index(len(self._source) - 1)
+    def __init__(self, prompt: Sequence[int], source: Source, max_ngram: int, predicted: bool = False) -> None:
+        self._prompt, self._source, self._max, self._predicted = prompt, source, max_ngram, predicted
+        self._output: list[int] = []
+        self._places: dict[int, list[int]] = {}  # of output tokens with something behind them
+        self._at: int | None = 0 if predicted else None  # of a prediction: where the text goes on, while it fits
 
     def push(self, token: int) -> None:
         """`token` is part of the text now."""
-        self._recent = [*self._recent, token][-self._max :]
-        if self._own:
-            self._source.append(token)
-            # The run that ends with the newest token has nothing behind it yet: it is indexed with the next one.
-            self._index(len(self._source) - 1)
-        elif self._at is not None:
-            fits = self._at < len(self._source) and self._source[self._at] == token
-            self._at = self._at + 1 if fits else None
+        if self._output:
+            self._places.setdefault(self._output[-1], []).append(len(self._output) - 1)
+        self._output.append(token)
+        if self._at is not None:
+            ids = self._source.ids
+            self._at = self._at + 1 if self._at < len(ids) and ids[self._at] == token else None
 
     def propose(self, count: int) -> list[int]:
         """Up to `count` tokens that may come next; none if the last token never occurred before."""
-        start = self._at
-        for size in range(min(self._max, len(self._recent)), 0, -1):
-            if start is not None:
-                break
-            start = self._ends.get(tuple(self._recent[-size:]))
-        return [] if start is None else self._source[start : start + count]
+        start = self._at if self._at is not None else self._longest()
+        if start is None:
+            return []
+        if self._predicted:
+            return list(self._source.ids[start : start + count])
+        found: list[int] = []
+        length = len(self._prompt) + len(self._output)
+        for at in range(start, start + count):
+            found.append(self._token(at) if at < length else found[at - length])
+        return found
 
-    def _index(self, end: int) -> None:
-        """Index every run that ends before position `end` and has something behind it."""
-        for stop in range(self._indexed + 1, end + 1):
-            for size in range(1, min(self._max, stop) + 1):
-                self._ends[tuple(self._source[stop - size : stop])] = stop
-        self._indexed = max(self._indexed, end)
+    def _longest(self) -> int | None:
+        """What follows the longest run that ends as the text does; of equally long ones the latest."""
+        recent = [*self._prompt[-self._max :], *self._output[-self._max :]][-self._max :]
+        if not recent:
+            return None
+        best, start = 0, None
+        for _, end in zip(range(CANDIDATES), self._ends(recent[-1])):
+            size = 1
+            while size < len(recent) and size <= end and self._token(end - size) == recent[-1 - size]:
+                size += 1
+            if size > best:
+                best, start = size, end + 1
+            if best == len(recent):
+                break
+        return start
+
+    def _ends(self, token: int) -> Iterator[int]:
+        """Where `token` stands with something behind it, the latest first."""
+        first = reversed(self._source.places(token))
+        if self._predicted:
+            return iter(first)
+        offset = len(self._prompt)
+        own = (offset + at for at in reversed(self._places.get(token, [])))
+        last = offset - 1 if not self._output else -1  # the prompt's last id has nothing behind it yet
+        return chain(own, (at for at in first if at != last))
+
+    def _token(self, at: int) -> int:
+        if self._predicted:
+            return self._source.ids[at]
+        return self._prompt[at] if at < len(self._prompt) else self._output[at - len(self._prompt)]

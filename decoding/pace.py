@@ -3,6 +3,10 @@
 A tick with k drafts costs k draft steps and one pass of the policy over k + 1 rows a sequence; it gives
 1 + a + .. + a^k tokens when each draft passes with probability a. Of all k, the one with the most tokens a second is
 taken: 0 where drafting does not pay, as in a batch that already keeps the machine busy.
+
+Drafts are not equally likely to pass, and the drafter's own probability of a token tells which: how often drafts of
+each confidence passed is counted, and a draft ends where the next token would be reached too rarely to be worth its
+cost. That decision looks at drafted tokens only, never at what the policy will say, so exact rules stay exact.
 """
 
 from __future__ import annotations
@@ -21,6 +25,9 @@ STRENGTH = 2.0  # drafts that this assumption counts for
 MEMORY = 0.9  # weight of older passes in a sequence's own acceptance
 SHARED_MEMORY = 0.98  # the same for a pair of drafter and model
 REACH = 0.1  # a draft that is reached less often than this is not worth its row
+STRETCH = 3  # drafts that end by confidence may be this many times as long as the best even length
+BUCKETS = 10  # of confidence
+HOLD = 16  # ticks for which a decision stands, unless the batch changes
 GAIN = 1.02  # drafting must promise at least this much: estimates are not that good
 PROBE = 2  # drafts of a trial
 PATIENCE = 32  # ticks after which a pair that did not pay is tried again; doubles up to MAX_PATIENCE
@@ -41,17 +48,23 @@ class Clock:
         self._seen.setdefault(what, {}).setdefault(size, deque(maxlen=4)).append(seconds)
 
     def estimate(self, what: Hashable, size: int) -> float:
-        """Seconds at `size`: between measured sizes a straight line, beyond the largest one what it took.
+        """Seconds at `size`: straight lines between measured sizes, and beyond the largest as from the smallest to it.
 
-        So what was never tried looks cheap, is tried, and is known then. 0 if nothing was measured.
+        What was never tried thus looks as cheap as it can be, is tried, and is known then. 0 if nothing was measured.
         """
         points = self._seen.get(what)
         if not points or size <= 0:
             return 0.0
-        below = max((s for s in points if s <= size), default=None)
-        above = min((s for s in points if s >= size), default=None)
-        if below is None or above is None or below == above:
-            return min(points[above if below is None else below])  # type: ignore[index]
+        if size in points:
+            return min(points[size])
+        below = max((s for s in points if s < size), default=None)
+        above = min((s for s in points if s > size), default=None)
+        if below is None:
+            return min(points[min(points)])
+        if above is None:
+            least = min(points)
+            slope = (min(points[below]) - min(points[least])) / (below - least) if below > least else 0.0
+            return min(points[below]) + max(0.0, slope) * (size - below)
         low, high = min(points[below]), min(points[above])
         return low + (high - low) * (size - below) / (above - below)
 
@@ -66,6 +79,13 @@ class Pair:
     patience: int = PATIENCE
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    passed: list[float] = field(default_factory=lambda: [0.0] * BUCKETS)  # decayed counts by confidence
+    failed: list[float] = field(default_factory=lambda: [0.0] * BUCKETS)
+
+    def chance(self, confidence: float) -> float:
+        """How often a draft of this confidence passes; before any has been seen, as often as any draft."""
+        i = min(BUCKETS - 1, int(confidence * BUCKETS))
+        return (self.passed[i] + STRENGTH * self.acceptance) / (self.passed[i] + self.failed[i] + STRENGTH)
 
     @property
     def acceptance(self) -> float:
@@ -74,45 +94,63 @@ class Pair:
 
 
 class Pace:
-    """Sets `wanted` of every draft before a tick, and learns from what was accepted."""
+    """Sets `wanted` and `worth` of every draft before a tick, and learns from what was accepted."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._pairs: dict[tuple[str, str, str], Pair] = {}
+        self._held = 0
+        self._members: list[int] = []
 
     def assign(self, running: Sequence[Hypothesis]) -> None:
         """How many tokens each sequence should draft next."""
         adaptive: list[Hypothesis] = []
         for sequence in running:
             draft = sequence.draft
-            if draft is None or draft.broken:
-                if draft is not None:
-                    draft.wanted = 0
+            if draft is None:
                 continue
-            if draft.spec.tokens == "auto":
+            if draft.broken:
                 draft.wanted = 0
-                if draft.lookup is None or draft.lookup.propose(1):
-                    adaptive.append(sequence)
+            elif draft.spec.tokens == "auto":
+                adaptive.append(sequence)
             else:
                 draft.wanted = draft.spec.tokens
-            if draft.lookup is not None:
-                draft.wanted = min(draft.wanted, len(draft.lookup.propose(draft.wanted)))
         if adaptive:
-            self._adapt(adaptive, running)
+            members = [id(sequence) for sequence in running]
+            self._held -= 1
+            if self._held < 0 or members != self._members:
+                self._held, self._members = HOLD, members
+                self._adapt(adaptive, running)
+            self._try_again(adaptive)
+        for sequence in running:
+            draft = sequence.draft
+            if draft is not None and draft.lookup is not None and draft.wanted:
+                draft.wanted = min(draft.wanted, len(draft.lookup.propose(draft.wanted)))
+
+    def chance(self, sequence: Hypothesis, confidence: float) -> float:
+        """How likely a draft of `sequence` passes that its drafter gave this probability."""
+        return self._pair(sequence).chance(confidence)
 
     def learn(self, sequence: Hypothesis, drafted: int, accepted: int) -> None:
         """`accepted` of `drafted` tokens passed, in a pass of `sequence`."""
         draft = sequence.draft
         assert draft is not None
         pair = self._pair(sequence)
+        if draft.probing or not accepted:
+            self._held = 0  # news: decide anew
         draft.probing = False
         missed = accepted < drafted
         draft.hits, draft.misses = draft.hits * MEMORY + accepted, draft.misses * MEMORY + missed
         pair.hits, pair.misses = pair.hits * SHARED_MEMORY + accepted, pair.misses * SHARED_MEMORY + missed
-        for counts, reached in ((pair.drafted, drafted), (pair.accepted, accepted)):
-            counts += [0] * (drafted - len(counts))
+        for i, confidence in enumerate(draft.confidence[: accepted + missed]):
+            bucket = min(BUCKETS - 1, int(confidence * BUCKETS))
+            counts, others = (pair.passed, pair.failed) if i < accepted else (pair.failed, pair.passed)
+            counts[bucket] = counts[bucket] * SHARED_MEMORY + 1
+            others[bucket] *= SHARED_MEMORY
+        for counts_at, reached in ((pair.drafted, drafted), (pair.accepted, accepted)):
+            counts_at += [0] * (drafted - len(counts_at))
             for i in range(reached):
-                counts[i] += 1
+                counts_at[i] += 1
 
     def stats(self) -> tuple[DraftStats, ...]:
         """Counts by proposer and model since start."""
@@ -143,22 +181,22 @@ class Pace:
         reach = {key: MAX_TOKENS if a >= 1 else max(1, int(math.log(REACH) / math.log(a))) for key, a in rates.items()}
         decoding = [s for s in running if s.next_row == len(s.output) - 1]
         cost = self._costs(decoding)
-        best, best_rate = 0, len(decoding) / max(cost(0, reach), 1e-9) * GAIN
+        plain = cost(0, reach)
+        best, best_rate = 0, len(decoding) / max(plain, 1e-9)
+        needed = best_rate * GAIN
         for level in range(1, MAX_TOKENS + 1):
             gain = sum(_expected(rates[id(s)], min(level, reach[id(s)])) - 1 for s in adaptive)
             rate = (len(decoding) + gain) / max(cost(level, reach), 1e-9)
-            if rate > best_rate:
+            if rate > max(best_rate, needed):
                 best, best_rate = level, rate
+        # What one more draft of one sequence costs, in tokens that the same time would give.
+        more = (cost(best, reach) - plain) / (best * max(1, len(adaptive))) if best else 0.0
         for sequence in adaptive:
             draft = sequence.draft
             assert draft is not None
-            draft.wanted = max(min(best, reach[id(sequence)]), PROBE if draft.probing else 0)
-        self._try_again(adaptive)
-        for sequence in adaptive:
-            draft = sequence.draft
-            assert draft is not None
-            if draft.lookup is not None:
-                draft.wanted = len(draft.lookup.propose(draft.wanted))
+            length = min(best, reach[id(sequence)])
+            draft.wanted = length if draft.lookup else min(MAX_TOKENS, STRETCH * length)
+            draft.worth = more * best_rate
 
     def _try_again(self, adaptive: Sequence[Hypothesis]) -> None:
         """A pair that does not pay is given another chance now and then, in one sequence, more and more rarely."""
@@ -175,7 +213,7 @@ class Pace:
                 continue
             pair.idle += 1
             if pair.idle >= pair.patience:
-                drafts[0].wanted, drafts[0].probing = PROBE, True
+                drafts[0].wanted, drafts[0].worth, drafts[0].probing = PROBE, 0.0, True
                 pair.idle, pair.patience = 0, min(2 * pair.patience, MAX_PATIENCE)
 
     def _costs(self, decoding: Sequence[Hypothesis]) -> Callable[[int, Mapping[int, int]], float]:

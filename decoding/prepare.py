@@ -72,7 +72,8 @@ def prepare(
         _check_prompt(ids, term, catalog[term.role.model].info, prompt_param)
         prompts.append(tuple(ids))
     main = catalog[terms[0].role.model].text
-    predicted = tuple(main.encode(prediction, bos=False)) if prediction else ()
+    longest = catalog[terms[0].role.model].info.max_model_len
+    predicted = tuple(main.encode(prediction, bos=False)[:longest]) if prediction else ()
     program = settle_speculation(program, prompts, sampling, catalog, bool(predicted))
     by_text = program.speculation is not None and program.speculation.draft == "prediction"
     return Request(

@@ -17,7 +17,7 @@ import torch
 from decoding.accept import RULES, Rule
 from decoding.core import Rows, SpanInput
 from decoding.noise import Lane
-from decoding.pace import Clock
+from decoding.pace import Clock, Pace
 from decoding.sampling import Position, draw, hard_mask, kept, pick, process, processes
 from decoding.state import Draft, Group, Plan, Sequence
 
@@ -28,10 +28,13 @@ Forward = Callable[[str, list[SpanInput], set[Group]], Rows]
 
 
 class Proposer:
-    """Fills in the drafts of a plan. `forward` runs a model; `clock` is told what each draft step took."""
+    """Fills in the drafts of a plan. `forward` runs a model; `clock` is told what each draft step took.
 
-    def __init__(self, forward: Forward, generator: torch.Generator, clock: Clock) -> None:
-        self._forward, self._generator, self._clock = forward, generator, clock
+    `pace` says how likely a draft of a given confidence passes: an adaptive draft ends where that gets too little.
+    """
+
+    def __init__(self, forward: Forward, generator: torch.Generator, clock: Clock, pace: Pace) -> None:
+        self._forward, self._generator, self._clock, self._pace = forward, generator, clock, pace
 
     def propose(self, plan: Plan) -> None:
         """Draft up to `planned` tokens for every sequence of the plan that drafts, then settle the plan's rows.
@@ -42,13 +45,17 @@ class Proposer:
         for sequence in plan.drafting:
             draft = sequence.draft
             assert draft is not None
-            if sequence.constraint is not None:
-                draft.masks.append(sequence.constraint.allowed(sequence.group.width))
-            if draft.lookup is not None:
-                for token in draft.lookup.propose(draft.planned):
+            try:
+                if sequence.constraint is not None:
+                    draft.masks.append(sequence.constraint.allowed(sequence.group.width))
+                for token in draft.lookup.propose(draft.planned) if draft.lookup else ():
                     if not self._take(sequence, token):
                         break
-            else:
+            except Exception:  # a constraint is the embedder's code: what it does to one request is that request's
+                logger.exception("request %s cannot draft", sequence.group.request.id)
+                self._give_up(sequence)
+                continue
+            if draft.lookup is None:
                 active.append(sequence)
         while active:
             active = self._step(active)
@@ -105,9 +112,16 @@ class Proposer:
             draft.track.num_computed = spans[row].start + len(spans[row].token_ids)
             if draft.role is not None:
                 draft.rows.append(logits[row])
-            if len(draft.tokens) < draft.planned and not _ends(sequence, token):
+            if len(draft.tokens) < draft.planned and not _ends(sequence, token) and self._pays(sequence, draft):
                 left.append(sequence)
         return left
+
+    def _pays(self, sequence: Sequence, draft: Draft) -> bool:
+        """Whether a next draft is likely enough to be reached."""
+        if draft.spec.tokens != "auto":
+            return True
+        draft.reached *= self._pace.chance(sequence, draft.confidence[-1])
+        return draft.reached >= draft.worth
 
     def _choose(self, z: torch.Tensor, members: Seq[Sequence]) -> list[int | None]:
         """One draft per row of z [n, W], and what the rules want to know of its distribution; None: nothing allowed."""
@@ -132,10 +146,17 @@ class Proposer:
             drawn = pick(cut, [places[i] for i in weighed], self._generator, Lane.DRAFT)
             for i, token, probs in zip(weighed, drawn, torch.softmax(cut, 1), strict=True):
                 chosen[i] = token
-                self._record(members[i]).probs.append(probs)
+                self._record(members[i]).probs.append(probs[: members[i].group.width])
+        adaptive = [i for i, s in enumerate(members) if self._record(s).spec.tokens == "auto" and chosen[i] is not None]
+        if adaptive:
+            part = z if len(adaptive) == len(members) else z[adaptive]
+            ids = torch.tensor([chosen[i] for i in adaptive], device=z.device)[:, None]
+            own = (part.gather(1, ids)[:, 0] - torch.logsumexp(part, 1)).exp()
+            for i, confidence in zip(adaptive, own.tolist(), strict=True):
+                self._record(members[i]).confidence.append(confidence)
         for i, lp in unfiltered.items():
             if chosen[i] is not None:
-                self._record(members[i]).logprobs.append(lp)
+                self._record(members[i]).logprobs.append(lp[: members[i].group.width])
         return chosen
 
     def _record(self, sequence: Sequence) -> Draft:
@@ -145,16 +166,18 @@ class Proposer:
     def _take(self, sequence: Sequence, token: int) -> bool:
         """Draft `token`, if the request's hard constraints allow it there."""
         draft = self._record(sequence)
-        at = Position(sequence, tuple(draft.tokens))
-        if sequence.constraint is not None and token >= sequence.group.width:
+        width = sequence.group.width
+        if token >= width:
+            return False  # a token of one model that the mix cannot say
+        if sequence.constraint is None:
+            draft.tokens.append(token)
+            return True
+        mask = hard_mask(Position(sequence, tuple(draft.tokens)), width, draft.masks[0].device)
+        if mask is not None and not bool(mask[token]):
             return False
-        if sequence.constraint is not None:
-            mask = hard_mask(at, sequence.group.width, draft.masks[0].device)
-            if mask is not None and not bool(mask[token]):
-                return False
-            sequence.constraint.advance(token)
-            draft.masks.append(sequence.constraint.allowed(sequence.group.width))
+        sequence.constraint.advance(token)
         draft.tokens.append(token)
+        draft.masks.append(sequence.constraint.allowed(width))
         return True
 
     def _give_up(self, sequence: Sequence) -> None:

@@ -111,8 +111,9 @@ def hard_mask(at: Position, width: int, device: torch.device) -> torch.Tensor | 
 
 
 def process(row: torch.Tensor, at: Position) -> None:
-    """Hard masks, penalties and bias on one row [W], in place."""
+    """Hard masks, penalties and bias on one row [W], in place. Beyond the request's own width, rows are -inf."""
     s, sequence = at.sampling, at.sequence
+    row = row[: sequence.group.width]
     mask = hard_mask(at, row.shape[0], row.device)
     if mask is not None:
         row.masked_fill_(~mask, -torch.inf)

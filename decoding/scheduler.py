@@ -66,15 +66,17 @@ class Scheduler:
         """
         copies: list[tuple[str, int, int]] = []
         needs: dict[str, int] = {}
-        starts = {
+        starts = {  # a drafter may be behind
             id(mine): min(child.target(mine), theirs.num_computed)
             for mine, theirs in zip(child.all_tracks, root.all_tracks, strict=True)
         }
         for track in child.all_tracks:
             partial = starts[id(track)] % self.pools[track.model].block_size != 0
             needs[track.model] = needs.get(track.model, 0) + partial
-        fits = all(self.pools[model].available >= need for model, need in needs.items())
-        if not fits or len(self.running) >= self.config.max_num_seqs:
+        while short := [model for model, need in needs.items() if self.pools[model].available < need]:
+            if not self._reclaim(short):
+                break
+        if short or len(self.running) >= self.config.max_num_seqs:
             self.add(child)
             return []
         for mine, theirs in zip(child.all_tracks, root.all_tracks, strict=True):
@@ -111,9 +113,6 @@ class Scheduler:
         for sequence in self.running:
             caught_up = all(track.num_computed == sequence.target(track) for track in sequence.tracks)
             (ready if caught_up else behind).append(sequence)
-        # Drafts take what is left when every sequence has its next row.
-        plan.draft_rows = plan.rows - sum(len(s.tracks) for s in ready)
-        plan.draft_tokens = plan.tokens - sum(self._price[track.model] for s in ready for track in s.tracks)
         for sequence in self._fair(ready):
             if sequence.running:
                 self._schedule(sequence, plan)
@@ -121,6 +120,8 @@ class Scheduler:
         for sequence in sorted(behind, key=lambda s: s.order):
             if sequence.running:
                 self._schedule(sequence, plan)
+        for sample in plan.samples:  # drafts take what is left when everyone has got what they need
+            self._extend(sample, plan)
         for sequence in self.running:
             if sequence.draft and sequence.draft.own and not sequence.draft.planned:
                 self._feed(sequence, sequence.draft, sequence.draft.own, plan)
@@ -137,7 +138,9 @@ class Scheduler:
                 self._settle(span.sequence, span.track)
         for sequence in self.running:
             if sequence.draft:
-                if sequence.draft.own and sequence.draft.planned:
+                if sequence.draft.broken:
+                    self.retire(sequence.draft)
+                elif sequence.draft.own and sequence.draft.planned:
                     self._settle(sequence, sequence.draft.own)
                 sequence.draft.clear()
 
@@ -186,8 +189,10 @@ class Scheduler:
             wanted = dict(promised)
             for model, blocks in self._missing(sequence):
                 wanted[model] += blocks
-            fits = all(wanted[model] <= pool.available for model, pool in self.pools.items())
-            if not fits and self.running:
+            short = [model for model, pool in self.pools.items() if wanted[model] > pool.available]
+            if short and self._reclaim(short):
+                continue
+            if short and self.running:
                 return
             promised = wanted
             self.waiting.remove(sequence)
@@ -220,11 +225,9 @@ class Scheduler:
         if not plan.spans and not any(needs):
             rows = max(rows, 1)  # whoever comes first gets a row: no budget is so small that nothing goes on
         spans: list[Span] = []
-        drafts = 0
         if rows > 0 and not any(blocked):
-            drafts = self._drafts(sequence, spare - sum(prices), plan) if rows == sequence.rows_wanted == 1 else 0
             for track, need in zip(sequence.tracks, needs):
-                spans.append(Span(sequence, track, track.num_computed, need + rows + drafts, rows + drafts))
+                spans.append(Span(sequence, track, track.num_computed, need + rows, rows))
         else:
             left = plan.tokens
             for track, need, price, wait in zip(sequence.tracks, needs, prices, blocked):
@@ -237,9 +240,7 @@ class Scheduler:
             for span in spans:
                 self._put(span, plan)
             if spans[0].rows:
-                plan.samples.append(Sample(sequence, sequence.next_row, spans[0].rows, spans, drafts=drafts))
-            if drafts:
-                self._plan_drafts(sequence, drafts, plan)
+                plan.samples.append(Sample(sequence, sequence.next_row, spans[0].rows, spans))
 
     def _put(self, span: Span, plan: Plan) -> None:
         sequence, track, model = span.sequence, span.track, span.track.model
@@ -255,11 +256,28 @@ class Scheduler:
 
     # -- drafts -------------------------------------------------------------------------------------------------
 
-    def _drafts(self, sequence: Sequence, spare: float, plan: Plan) -> int:
-        """How many tokens `sequence` may draft: what is wanted, within the budgets, lengths and free memory.
+    def _extend(self, sample: Sample, plan: Plan) -> None:
+        """Let a sequence that has its next row draft as far as budgets, lengths and free memory go."""
+        sequence = sample.sequence
+        count = self._drafts(sequence, plan) if sample.draws and sample.count == 1 else 0
+        draft = sequence.draft
+        if count <= 0 or draft is None:
+            return
+        draft.planned = sample.drafts = count
+        sample.count += count
+        plan.drafting.append(sequence)
+        plan.rows -= count * len(sequence.tracks)
+        plan.tokens -= count * sum(self._price[track.model] for track in sequence.all_tracks)
+        for span in sample.spans:
+            span.count += count
+            span.rows += count
+        for track in sequence.all_tracks:
+            pool = self.pools[track.model]
+            while len(track.blocks) < pool.blocks_for(sequence.known(track) + count):
+                track.blocks.append(pool.allocate())
 
-        spare: the tick's tokens that are left when the sequence has its next row.
-        """
+    def _drafts(self, sequence: Sequence, plan: Plan) -> int:
+        """How many tokens `sequence` may draft: what is wanted, within the budgets, lengths and free memory."""
         draft = sequence.draft
         if draft is None or draft.wanted <= 0:
             return 0
@@ -270,14 +288,9 @@ class Scheduler:
             if sequence.known(track) - track.num_computed > CATCH_UP or draft.paused_until > self.tick:
                 return 0
             count = min(count, self.limits[track.model] - sequence.known(track))
-        count = min(
-            count, plan.draft_rows // len(sequence.tracks), int(plan.draft_tokens / self._draft_price(sequence))
-        )
+        price = sum(self._price[track.model] for track in sequence.all_tracks)
+        count = min(count, plan.rows // len(sequence.tracks), int(plan.tokens / price))
         return count if count > 0 and self._room(sequence, count) else 0
-
-    def _draft_price(self, sequence: Sequence) -> float:
-        """What one more drafted token costs in all models."""
-        return sum(self._price[track.model] for track in sequence.all_tracks)
 
     def _room(self, sequence: Sequence, count: int) -> bool:
         """Whether memory is free for `count` drafts: without preempting anyone."""
@@ -288,29 +301,16 @@ class Scheduler:
             wanted[track.model] = wanted.get(track.model, 0) + max(0, lack)
         return all(self.pools[model].available >= blocks for model, blocks in wanted.items())
 
-    def _plan_drafts(self, sequence: Sequence, count: int, plan: Plan) -> None:
-        """Take the drafting track's memory and budget; a role's memory is that of its span."""
-        draft = sequence.draft
-        assert draft is not None
-        draft.planned = count
-        plan.drafting.append(sequence)
-        plan.draft_rows -= count * len(sequence.tracks)
-        plan.draft_tokens -= count * self._draft_price(sequence)
-        if draft.own is not None:
-            pool = self.pools[draft.own.model]
-            while len(draft.own.blocks) < pool.blocks_for(sequence.known(draft.own) + count):
-                draft.own.blocks.append(pool.allocate())
-            plan.tokens -= count * self._price[draft.own.model]
-
     def _feed(self, sequence: Sequence, draft: Draft, track: Track, plan: Plan) -> None:
         """A drafter that has fallen behind, or joins late, catches up with what budget and memory are left."""
-        need = sequence.target(track) - track.num_computed
-        if draft.wanted <= 0 or draft.paused_until > self.tick or need <= 0:
+        pool, known = self.pools[track.model], sequence.known(track)
+        if known >= self.limits[track.model] or pool.blocks_for(known) > pool.num_blocks:
+            self.retire(draft)
+        if draft.broken or draft.wanted <= 0 or draft.paused_until > self.tick:
             return
         if self._hit_prefix(sequence, track, plan):
             return
         need = sequence.target(track) - track.num_computed
-        pool = self.pools[track.model]
         room = (pool.available + len(track.blocks)) * pool.block_size - track.num_computed
         chunk = min(need, int(plan.tokens / self._price[track.model]), room)
         if need <= CATCH_UP // 2 or chunk <= 0:
@@ -319,11 +319,18 @@ class Scheduler:
             track.blocks.append(pool.allocate())
         self._put(Span(sequence, track, track.num_computed, chunk, 0), plan)
 
-    def _reclaim(self, short: set[str]) -> bool:
+    def retire(self, draft: Draft) -> None:
+        """The drafter drafts no more: its memory is free."""
+        draft.broken = True
+        if draft.own is not None:
+            self._forget(draft.own)
+
+    def _reclaim(self, short: Iterable[str]) -> bool:
         """Take back the blocks of one drafter in a pool that is short, the youngest one's first."""
+        models = set(short)
         for each in sorted(self.running, key=lambda s: s.order, reverse=True):
             own = each.draft.own if each.draft else None
-            if own is not None and own.blocks and own.model in short and not (each.draft and each.draft.planned):
+            if own is not None and own.blocks and own.model in models and not (each.draft and each.draft.planned):
                 self._forget(own)
                 assert each.draft is not None
                 each.draft.paused_until = self.tick + PAUSE

@@ -39,6 +39,7 @@ class Draft:
     """How one sequence drafts, and what it has drafted in this tick.
 
     track: the drafter's, None for a lookup. role: the index of the policy's track that it is, None for one of its own.
+    confidence: the drafter's own probability of each draft. worth: the chance of being reached that pays for a draft.
     wanted: drafts that the pace asks for next; planned: those that this tick's budgets and memory have room for.
     probs: each draft's distribution [W] that it was drawn from, empty where drafts are certain (greedy, lookups).
     bonus: whether a token of the policy follows drafts that were all accepted. broken: its model failed to draft.
@@ -52,6 +53,7 @@ class Draft:
     lookup: Lookup | None = None
     bonus: bool = True
     wanted: int = 0
+    worth: float = 0.0
     planned: int = 0
     paused_until: int = -1
     probing: bool = False
@@ -61,6 +63,8 @@ class Draft:
     logprobs: list[torch.Tensor] = field(default_factory=list)
     rows: list[torch.Tensor] = field(default_factory=list)
     masks: list[torch.Tensor] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    reached: float = 1.0  # the chance that everything drafted so far passes
     hits: float = 0.0  # decayed counts of accepted drafts and of rejections, for the pace
     misses: float = 0.0
 
@@ -72,7 +76,8 @@ class Draft:
     def clear(self) -> None:
         """Forget the tick's drafts."""
         self.planned = 0
-        self.tokens, self.probs, self.logprobs, self.rows, self.masks = [], [], [], [], []
+        self.tokens, self.probs, self.logprobs, self.rows, self.masks, self.confidence = [], [], [], [], [], []
+        self.reached = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -213,8 +218,6 @@ class Plan:
     drafting: list[Sequence] = field(default_factory=list)
     tokens: float = 0.0  # budgets that are left; tokens in units of the dearest model's
     rows: int = 0
-    draft_rows: int = 0  # what of them may go to drafts
-    draft_tokens: float = 0.0
 
     def pack(self) -> None:
         """Settle the rows' places: drafts may be fewer than planned, and a drafting role has computed some already."""

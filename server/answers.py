@@ -97,7 +97,7 @@ class Progress:
         return {
             "strategy": program.strategy,
             "lossless": program.lossless,
-            "models": list(program.models),
+            "models": list(dict.fromkeys([*program.models, *self.forwards])),
             "forwards": self.forwards,
             "preemptions": self.preemptions,
             "speculation": drafts,

@@ -67,7 +67,7 @@ def passes(
     spec = Speculation("d", tokens, accept, **params)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(5)
     never: Any = None
-    proposer = Proposer(never, generator, Clock())
+    proposer = Proposer(never, generator, Clock(), never)
     found: list[list[Drawn]] = []
     for start in range(0, count, 10_000):
         members = [sequence(sampling, spec, start + i) for i in range(min(10_000, count - start))]

@@ -106,7 +106,7 @@ def test_a_judge_is_used_and_told(root: Path) -> None:
     (judged, alone), _, _ = ask(root, judge, TEXT | {"model": "small"})
     assert judged.json()["choices"][0]["text"] == alone.json()["choices"][0]["text"]
     assert judged.json()["decoding"]["lossless"] is False
-    other = {"speculation": {"draft": "base", "accept": "judge"}}
+    other = {"speculation": {"draft": "ngram", "accept": "judge"}}
     (refused,), _, _ = ask(root, TEXT | {"model": "small", "decoding": other})
     assert error_of(refused)["param"] == "decoding.speculation.accept"
 
