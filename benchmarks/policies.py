@@ -26,7 +26,7 @@ GREEDY = Sampling(temperature=0.0)
 MIXES: dict[str, tuple[str, dict[str, object]]] = {
     "one model": ("plain", {}),
     "proxy-tuning": ("proxy_tuning", {"expert": "expert", "anti": "anti"}),
-    "reward-guided, two arms": ("multi_objective", {}),
+    "three models' log-probs": ("multi_objective", {}),
     "contrastive, plausibility 0.1": ("contrastive", {"amateur": "anti"}),
     "EFT, two tuned": ("emulated_fine_tuning", {"tuned": ["expert", "other"], "reference": "anti"}),
     "EFT, two tuned, top-p gate 0.9": (
