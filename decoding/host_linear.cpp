@@ -40,7 +40,7 @@ inline F16 sum_each(const F16* x) {
 
 // M rows of x times N rows of w -> out [M, N]; meanwhile P lines a step are fetched of what comes next, `ahead`.
 template <int M, int N, int P>
-void product(const bf16* x, const bf16* w, int64_t depth, const char* ahead, float* out) {
+void product(const bf16* x, const bf16* w, int64_t depth, const char* ahead, F16* out) {
   F16 total[(M * N + kLanes - 1) / kLanes * kLanes] = {};
   for (int64_t k = 0; k < depth; k += kStep) {
     Wide weights[N];
@@ -52,10 +52,7 @@ void product(const bf16* x, const bf16* w, int64_t depth, const char* ahead, flo
       for (int n = 0; n < N; n++) total[m * N + n] = dot(total[m * N + n], row, weights[n]);
     }
   }
-  for (int i = 0; i < M * N; i += kLanes) {
-    F16 sums = sum_each(total + i);
-    std::memcpy(out + i, &sums, std::min(kLanes, M * N - i) * sizeof(float));
-  }
+  for (int i = 0; i < M * N; i += kLanes) out[i / kLanes] = sum_each(total + i);
 }
 
 struct Product {
@@ -63,34 +60,59 @@ struct Product {
   bf16* out;
   int64_t rows, depth, width;
 
+  template <int M, int N, int P>
+  void tile(int64_t row, int64_t column, const char* ahead) const {  // M rows of N columns of the output
+    constexpr int kParts = (M * N + kLanes - 1) / kLanes;
+    F16 sums[kParts];
+    H16 rounded[kParts];
+    product<M, N, P>(x + row * depth, w + column * depth, depth, ahead, sums);
+    if (bias) {
+      float extra[kParts * kLanes] = {};
+      for (int i = 0; i < M * N; i++) extra[i] = to_float(bias[column + i % N]);
+      for (int i = 0; i < kParts; i++) sums[i] += load(extra + i * kLanes);
+    }
+    for (int i = 0; i < kParts; i++) rounded[i] = to_bf16(sums[i]);
+    const bf16* from = reinterpret_cast<const bf16*>(rounded);
+    for (int m = 0; m < M; m++) std::memcpy(out + (row + m) * width + column, from + m * N, N * sizeof(bf16));
+  }
+
+  template <int N>
+  void together(int64_t column) const {  // N columns of the output, up to eight rows at once: w is read once
+    const char* ahead = reinterpret_cast<const char*>(w + (column + N) * depth);
+    switch (rows) {
+      case 8: return tile<8, N, 3>(0, column, ahead);
+      case 7: return tile<7, N, 3>(0, column, ahead);
+      case 6: return tile<6, N, 3>(0, column, ahead);
+      case 5: return tile<5, N, 3>(0, column, ahead);
+      case 4: return tile<4, N, 4>(0, column, ahead);
+      case 3: return tile<3, N, 4>(0, column, ahead);
+      case 2: return tile<2, N, 4>(0, column, ahead);
+      default: return tile<1, N, 4>(0, column, ahead);
+    }
+  }
+
   template <int N, int P>
-  void columns(int64_t column) const {  // N columns of the output, all rows, four at a time
-    float sums[4 * N];
-    const bf16* weights = w + column * depth;
-    const char* ahead = reinterpret_cast<const char*>(weights + N * depth);
+  void by_fours(int64_t column) const {  // N columns of the output, all rows, four at a time
+    const char* ahead = reinterpret_cast<const char*>(w + (column + N) * depth);
     for (int64_t row = 0; row < rows; row += 4, ahead += P * 64 * (depth / kStep)) {
-      const int64_t taken = std::min<int64_t>(4, rows - row);
-      switch (taken) {
-        case 4: product<4, N, P>(x + row * depth, weights, depth, ahead, sums); break;
-        case 3: product<3, N, P>(x + row * depth, weights, depth, ahead, sums); break;
-        case 2: product<2, N, P>(x + row * depth, weights, depth, ahead, sums); break;
-        default: product<1, N, P>(x + row * depth, weights, depth, ahead, sums);
+      switch (std::min<int64_t>(4, rows - row)) {
+        case 4: tile<4, N, P>(row, column, ahead); break;
+        case 3: tile<3, N, P>(row, column, ahead); break;
+        case 2: tile<2, N, P>(row, column, ahead); break;
+        default: tile<1, N, P>(row, column, ahead);
       }
-      for (int64_t m = 0; m < taken; m++)
-        for (int n = 0; n < N; n++)
-          from_float(sums[m * N + n] + (bias ? to_float(bias[column + n]) : 0.0f), out + (row + m) * width + column + n);
     }
   }
 
   void run(int64_t begin, int64_t end) const {  // columns 4 * begin .. 4 * end
     int64_t column = begin * 4, last = std::min(end * 4, width);
-    if (rows > 8)
-      for (; column + 6 <= last; column += 6) columns<6, 2>(column);
-    for (; column + 4 <= last; column += 4) {
-      if (rows <= 4) columns<4, 4>(column);
-      else columns<4, 2>(column);
-    }
-    for (; column < last; column++) columns<1, 1>(column);
+    if (rows <= 4)
+      for (; column + 4 <= last; column += 4) together<4>(column);
+    else if (rows <= 8)
+      for (; column + 3 <= last; column += 3) together<3>(column);
+    else
+      for (; column + 6 <= last; column += 6) by_fours<6, 2>(column);
+    for (; column < last; column++) by_fours<1, 1>(column);
   }
 };
 

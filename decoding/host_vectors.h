@@ -55,6 +55,11 @@ inline F16 load(const bf16* p) {
   std::memcpy(&half, p, sizeof half);
   return (F16)(__builtin_convertvector(half, U16) << 16);
 }
+inline H16 to_bf16(F16 x) {  // as `from_float`, 16 at once
+  U16 bits = (U16)x;
+  bits = (x != x) ? U16{} + 0x7fc00000u : bits + 0x7fff + ((bits >> 16) & 1);
+  return __builtin_convertvector(bits >> 16, H16);
+}
 inline F16 splat(float x) { return F16{} + x; }
 template <class T>
 inline F16 load_some(const T* p, int64_t count, float rest) {  // `rest` beyond the first `count`

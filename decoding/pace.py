@@ -131,6 +131,10 @@ class Pace:
         """How likely a draft of `sequence` passes that its drafter gave this probability."""
         return self._pair(sequence).chance(confidence)
 
+    def acceptance(self, sequence: Hypothesis) -> float:
+        """How likely any draft of `sequence` passes whose forerunners have."""
+        return self._pair(sequence).acceptance
+
     def learn(self, sequence: Hypothesis, drafted: int, accepted: int) -> None:
         """`accepted` of `drafted` tokens passed, in a pass of `sequence`."""
         draft = sequence.draft
@@ -169,7 +173,7 @@ class Pace:
         key = (spec.draft, sequence.tracks[0].model, spec.accept or "rejection")
         return self._pairs.setdefault(key, Pair())
 
-    def _acceptance(self, sequence: Hypothesis) -> float:
+    def _own_acceptance(self, sequence: Hypothesis) -> float:
         """The sequence's own acceptance, leaning on its pair's while it has drafted little."""
         draft = sequence.draft
         assert draft is not None
@@ -177,7 +181,7 @@ class Pace:
         return (draft.hits + STRENGTH * shared) / (draft.hits + draft.misses + STRENGTH)
 
     def _adapt(self, adaptive: Sequence[Hypothesis], running: Sequence[Hypothesis]) -> None:
-        rates = {id(s): self._acceptance(s) for s in adaptive}
+        rates = {id(s): self._own_acceptance(s) for s in adaptive}
         reach = {key: MAX_TOKENS if a >= 1 else max(1, int(math.log(REACH) / math.log(a))) for key, a in rates.items()}
         decoding = [s for s in running if s.next_row == len(s.output) - 1]
         cost = self._costs(decoding)

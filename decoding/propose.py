@@ -117,11 +117,11 @@ class Proposer:
         return left
 
     def _pays(self, sequence: Sequence, draft: Draft) -> bool:
-        """Whether a next draft is likely enough to be reached."""
+        """Whether a next draft is likely enough to be reached, and to pass."""
         if draft.spec.tokens != "auto":
             return True
         draft.reached *= self._pace.chance(sequence, draft.confidence[-1])
-        return draft.reached >= draft.worth
+        return draft.reached * self._pace.acceptance(sequence) >= draft.worth
 
     def _choose(self, z: torch.Tensor, members: Seq[Sequence]) -> list[int | None]:
         """One draft per row of z [n, W], and what the rules want to know of its distribution; None: nothing allowed."""

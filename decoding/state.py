@@ -39,7 +39,7 @@ class Draft:
     """How one sequence drafts, and what it has drafted in this tick.
 
     track: the drafter's, None for a lookup. role: the index of the policy's track that it is, None for one of its own.
-    confidence: the drafter's own probability of each draft. worth: the chance of being reached that pays for a draft.
+    confidence: the drafter's own probability of each draft. worth: the chance of passing, forerunners included, that pays for a draft.
     wanted: drafts that the pace asks for next; planned: those that this tick's budgets and memory have room for.
     probs: each draft's distribution [W] that it was drawn from, empty where drafts are certain (greedy, lookups).
     bonus: whether a token of the policy follows drafts that were all accepted. broken: its model failed to draft.
