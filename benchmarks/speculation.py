@@ -7,6 +7,8 @@ Two pairs: the embedded `base` with its drafter, and the same base with MLPs wid
 zero, so that it writes the same text at the cost of ~300M parameters. Greedy, EOS is a token like any other, bf16, one
 stream unless a row says otherwise. Sides are interleaved round by round; medians of seconds a token are compared.
 
+Every model is compiled, as one of the size of a real drafter would be (`--compile-from 0`).
+
 "predicted" is what measured acceptance and bare forwards allow: tau t(1) / (k d(1) + t(k + 1)), tau the measured tokens
 a pass, t and d the forward times of target and drafter by number of tokens, k the draft length.
 """
@@ -172,7 +174,9 @@ def with_drafts(program: Program, draft: str, tokens: int | str) -> Program:
 def sides_of(args: argparse.Namespace, target: Path, paths: dict[str, Path]) -> tuple[Engine, dict[str, Side]]:
     """Everything that is measured on one pair."""
     models = {"base": str(target)} | {name: str(path) for name, path in paths.items()}
-    engine = Engine(load_models(models, self_check=False), EngineConfig(prefix_cache=False, kv_memory=1 << 28))
+    engine = Engine(
+        load_models(models, self_check=False), EngineConfig(prefix_cache=False, kv_memory=1 << 28, compile_from=0)
+    )
     plain = STRATEGIES["plain"].build(STRATEGIES["plain"].params(), "base")
     proxy_row = STRATEGIES["proxy_tuning"]
     proxy = proxy_row.build(proxy_row.params(expert="expert", anti="base-small"), "base")

@@ -89,7 +89,7 @@ class Engine:
         self.pools: dict[str, BlockPool] = {}
         for id, blocks in divide_kv(self.runners, {i: models[i].kv_memory for i in self.runners}, self.config).items():
             self.runners[id].allocate(blocks, self.config.block_size)
-            self.runners[id].warm_up()
+            self.runners[id].warm_up(self.config.compile_from)
             self.pools[id] = BlockPool(blocks, self.config.block_size)
         costs = {id: max(runner.cost, 1e-9) for id, runner in self.runners.items()}
         limits = {id: runner.max_model_len for id, runner in self.runners.items()}

@@ -15,6 +15,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from decoding.core import DraftStats
 from decoding.state import Sequence as Hypothesis
@@ -193,14 +194,16 @@ class Pace:
             rate = (len(decoding) + gain) / max(cost(level, reach), 1e-9)
             if rate > max(best_rate, needed):
                 best, best_rate = level, rate
-        # What one more draft of one sequence costs, in tokens that the same time would give.
-        more = (cost(best, reach) - plain) / (best * max(1, len(adaptive))) if best else 0.0
+        # What one more draft of each sequence costs, in tokens that the same time would give.
+        free = dict.fromkeys(reach, MAX_TOKENS)
+        spent = [cost(level, free) for level in range(MAX_TOKENS + 1)] if best else []
+        worth = [(more - less) * best_rate / len(adaptive) for less, more in pairwise(spent)]
         for sequence in adaptive:
             draft = sequence.draft
             assert draft is not None
             length = min(best, reach[id(sequence)])
             draft.wanted = length if draft.lookup else min(MAX_TOKENS, STRETCH * length)
-            draft.worth = more * best_rate
+            draft.worth = worth
 
     def _try_again(self, adaptive: Sequence[Hypothesis]) -> None:
         """A pair that does not pay is given another chance now and then, in one sequence, more and more rarely."""
@@ -217,7 +220,7 @@ class Pace:
                 continue
             pair.idle += 1
             if pair.idle >= pair.patience:
-                drafts[0].wanted, drafts[0].worth, drafts[0].probing = PROBE, 0.0, True
+                drafts[0].wanted, drafts[0].worth, drafts[0].probing = PROBE, [], True
                 pair.idle, pair.patience = 0, min(2 * pair.patience, MAX_PATIENCE)
 
     def _costs(self, decoding: Sequence[Hypothesis]) -> Callable[[int, Mapping[int, int]], float]:

@@ -121,7 +121,8 @@ class Proposer:
         if draft.spec.tokens != "auto":
             return True
         draft.reached *= self._pace.chance(sequence, draft.confidence[-1])
-        return draft.reached * self._pace.acceptance(sequence) >= draft.worth
+        made = len(draft.tokens)
+        return made >= len(draft.worth) or draft.reached * self._pace.acceptance(sequence) >= draft.worth[made]
 
     def _choose(self, z: torch.Tensor, members: Seq[Sequence]) -> list[int | None]:
         """One draft per row of z [n, W], and what the rules want to know of its distribution; None: nothing allowed."""

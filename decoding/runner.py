@@ -27,7 +27,6 @@ from decoding.lora import Chosen, Loras
 
 log = logging.getLogger(__name__)
 COMPILED_CHUNK = 16  # longest chunk that is compiled although not all of its rows are wanted
-COMPILE_FROM = 10_000_000  # parameters: below, a start of ten seconds would save less than a millisecond a tick
 UNBOUNDED_LENGTH = 4096  # for models that state no context length
 
 
@@ -149,12 +148,12 @@ class Runner:
         logits, hidden = self._compute(*self._pack(spans))
         return Rows(logits, hidden if want_hidden else None)
 
-    def warm_up(self) -> bool:
+    def warm_up(self, compile_from: int = 0) -> bool:
         """Compile the forward of few tokens, before traffic; False if the model stays eager.
 
         Takes seconds to a minute, less when torch's on-disk cache has seen the model. The pool is not touched.
         """
-        if not (self._may_compile and self._kernels) or self.parameters < COMPILE_FROM:
+        if not (self._may_compile and self._kernels) or self.parameters < compile_from:
             return False
         if self._compiled is None:
             compiled = CompiledForward(self._packed, FEW_ROWS)

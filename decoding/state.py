@@ -39,7 +39,8 @@ class Draft:
     """How one sequence drafts, and what it has drafted in this tick.
 
     track: the drafter's, None for a lookup. role: the index of the policy's track that it is, None for one of its own.
-    confidence: the drafter's own probability of each draft. worth: the chance of passing, forerunners included, that pays for a draft.
+    confidence: the drafter's own probability of each draft. worth: the chance of passing, that of its forerunners
+    included, which pays for the n-th draft.
     wanted: drafts that the pace asks for next; planned: those that this tick's budgets and memory have room for.
     probs: each draft's distribution [W] that it was drawn from, empty where drafts are certain (greedy, lookups).
     bonus: whether a token of the policy follows drafts that were all accepted. broken: its model failed to draft.
@@ -53,7 +54,7 @@ class Draft:
     lookup: Lookup | None = None
     bonus: bool = True
     wanted: int = 0
-    worth: float = 0.0
+    worth: Seq[float] = ()
     planned: int = 0
     paused_until: int = -1
     probing: bool = False

@@ -38,6 +38,9 @@ def command(
     block_size: Count = None,
     enable_prefix_caching: Flag = None,
     enforce_eager: Annotated[bool | None, typer.Option(help="Do not compile forwards.")] = None,
+    compile_from: Annotated[
+        int | None, typer.Option(help="Parameters from which a model is compiled; smaller ones start at once.")
+    ] = None,
     self_check: Annotated[
         bool | None, typer.Option(help="Compare each model with its own forward at the start.")
     ] = None,

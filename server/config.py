@@ -116,6 +116,7 @@ class Config(Strict):
     block_size: Positive = 16
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
+    compile_from: Annotated[int, Field(ge=0)] = 10_000_000
     self_check: bool = True
     threads: Positive | None = None
     trust_remote_code: bool = False
@@ -174,6 +175,7 @@ class Config(Strict):
             max_queue=self.max_queue,
             prefix_cache=self.enable_prefix_caching,
             compile=not self.enforce_eager,
+            compile_from=self.compile_from,
             self_check=self.self_check,
             threads=self.threads,
             adapters=self.admin_key is not None,

@@ -61,7 +61,7 @@ class TableModel:
     def allocate(self, num_blocks: int, block_size: int) -> None:
         self.pool, self.block_size = torch.full((num_blocks, block_size), -1), block_size
 
-    def warm_up(self) -> bool:
+    def warm_up(self, compile_from: int = 0) -> bool:
         return False
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:

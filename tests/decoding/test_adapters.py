@@ -225,7 +225,6 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return run(self, name, *rest)
 
     monkeypatch.setattr(CompiledForward, "_run", spy)
-    monkeypatch.setattr("decoding.runner.COMPILE_FROM", 0)
     return used
 
 
