@@ -34,9 +34,11 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from decoding.core import Done, EngineConfig, Program, Sampling, SpanInput, Speculation, Usage
+from decoding.core import EngineConfig, Program, Sampling, Speculation
 from decoding.engine import Engine
+from decoding.events import Done, Usage
 from decoding.generate import load_models
+from decoding.hosting import SpanInput
 from decoding.prepare import Entry, prepare
 from decoding.strategies import STRATEGIES
 

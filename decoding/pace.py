@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from decoding.core import DraftStats
+from decoding.events import DraftStats
 from decoding.state import Sequence as Hypothesis
 
 MAX_TOKENS = 16  # what `auto` goes up to

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from decoding.core import BadRequest, Constraint, Delta, Done, EngineConfig, Failed, Request, Speculation
+from decoding.core import BadRequest, Constraint, EngineConfig, Request, Speculation
 from decoding.engine import Engine
+from decoding.events import Delta, Done, Failed
 from decoding.judge import JudgeHead
 from tests.decoding.test_strategies import CASES, WIDTH, Case, models, requests
 from tests.fakes import EOS, TableModel, table_engine
