@@ -241,15 +241,15 @@ class Engine:
     def _forward(self, plan: Plan) -> dict[str, Rows]:
         """One packed forward per model. A forward that fails takes down the requests in it, nothing else."""
         rows: dict[str, Rows] = {}
-        judged = {s.sequence.tracks[s.sequence.group.term_tracks[0]].model for s in plan.samples if judged(s)}
+        read = {s.sequence.tracks[s.sequence.group.term_tracks[0]].model for s in plan.samples if judged(s)}
         # All inputs first: a failed request gives its blocks back, and other models' forwards still name them.
         inputs = {model: [_span_input(span) for span in spans] for model, spans in plan.spans.items()}
         for model, spans in plan.spans.items():
             began = time.perf_counter()
             try:
-                rows[model] = self._run(model, inputs[model], _groups(spans), model in judged)
+                rows[model] = self._run(model, inputs[model], _groups(spans), model in read)
             except Exception as error:
-                found = self._without_drafters(plan, model, error, model in judged)
+                found = self._without_drafters(plan, model, error, model in read)
                 if found is not None:
                     rows[model] = found
                 continue
