@@ -31,8 +31,9 @@ from rich.table import Table
 from benchmarks.http_load import serve_and_measure
 from benchmarks.models import SIZES, make_model
 from benchmarks.peers import Timing, hf_generate, hf_proxy_loop, load_peer
-from decoding.core import Delta, EngineConfig, Program, Sampling
+from decoding.core import EngineConfig, Program, Sampling
 from decoding.engine import Engine
+from decoding.events import Delta
 from decoding.generate import load_models
 from decoding.prepare import Entry, prepare
 from decoding.strategies import STRATEGIES

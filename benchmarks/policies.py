@@ -15,7 +15,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from decoding.core import Policy, Program, Request, Role, Rows, Sampling, Term
+from decoding.core import Policy, Program, Request, Role, Sampling, Term
+from decoding.hosting import Rows
 from decoding.mix import mix
 from decoding.sampling import verify
 from decoding.state import Group, Sample, Sequence, Track

@@ -10,7 +10,7 @@ stream unless a row says otherwise. Sides are interleaved round by round; median
 Every model is compiled, as one of the size of a real drafter would be (`--compile-from 0`).
 
 "predicted" is what measured acceptance and bare forwards allow: tau t(1) / (k d(1) + t(k + 1)), tau the measured tokens
-a pass, t and d the forward times of target and drafter by number of tokens, k the draft length.
+a pass, t and d the times of forwards of target and drafter by number of tokens as they take turns, k the draft length.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from decoding.core import Done, EngineConfig, Program, Sampling, SpanInput, Speculation, Usage
+from decoding.core import EngineConfig, Program, Sampling, Speculation
 from decoding.engine import Engine
+from decoding.events import Done, Usage
 from decoding.generate import load_models
+from decoding.hosting import SpanInput
 from decoding.prepare import Entry, prepare
 from decoding.strategies import STRATEGIES
 
@@ -153,17 +155,20 @@ def peer(path: Path) -> Any:
     return model
 
 
-def forward_seconds(engine: Engine, model: str, tokens: int) -> float:
-    """Seconds of a bare forward of `tokens` positions with all their rows: the least of twenty."""
-    runner = engine.runners[model]
-    blocks = list(range(-(-(tokens + 64) // engine.config.block_size)))
-    span = SpanInput([5] * tokens, 64, blocks, list(range(tokens)))
-    times = []
+def forward_seconds(engine: Engine, turns: Sequence[tuple[str, int]]) -> list[float]:
+    """Seconds of bare forwards of (model, tokens), all rows wanted, that take turns as in decoding: medians of 20.
+
+    A small model is slower behind a large one, which leaves nothing of it in the caches.
+    """
+    times: list[list[float]] = [[] for _ in turns]
     for _ in range(20):
-        began = time.perf_counter()
-        runner.forward([span])
-        times.append(time.perf_counter() - began)
-    return min(times)
+        for (model, tokens), seen in zip(turns, times, strict=True):
+            blocks = list(range(-(-(tokens + 64) // engine.config.block_size)))
+            span = SpanInput([5] * tokens, 64, blocks, list(range(tokens)))
+            began = time.perf_counter()
+            engine.runners[model].forward([span])
+            seen.append(time.perf_counter() - began)
+    return [statistics.median(seen) for seen in times]
 
 
 def with_drafts(program: Program, draft: str, tokens: int | str) -> Program:
@@ -206,9 +211,9 @@ def ratios(engine: Engine, sides: dict[str, Side], k: int) -> dict[str, float]:
     """What the sides say of each other."""
     time_of = {name: side.median for name, side in sides.items()}
     fixed = sides[f"drafter, {k}"].speculation()
-    one, more = (forward_seconds(engine, "base", count) for count in (1, k + 1))
-    draft = forward_seconds(engine, "drafter", 1)
-    predicted = fixed["tokens_per_pass"] * one / (k * draft + more)
+    (one,) = forward_seconds(engine, [("base", 1)])
+    more, *steps = forward_seconds(engine, [("base", k + 1), *[("drafter", 1)] * k])
+    predicted = fixed["tokens_per_pass"] * one / (sum(steps) + more)
     realised = time_of["plain"] / time_of[f"drafter, {k}"]
     return {
         "drafts over plain decode, realised": realised,
@@ -228,7 +233,7 @@ def ratios(engine: Engine, sides: dict[str, Side], k: int) -> dict[str, float]:
         "speculative proxy over the base's plain decode": time_of["plain"] / time_of[f"proxy, expert drafts {k}"],
         "forward of 1, ms": 1e3 * one,
         f"forward of {k + 1}, ms": 1e3 * more,
-        "draft step, ms": 1e3 * draft,
+        "draft step, ms": 1e3 * statistics.mean(steps),
     }
 
 

@@ -89,8 +89,8 @@ def main() -> None:
                 path = widened(path, Path(folder) / "widened", args.parameters)
             models = {"base": str(path), "drafter": str(args.drafter)}
             engine = Engine(load_models(models, self_check=False), EngineConfig(kv_memory=1 << 28, compile_from=0))
-            target = {n: forward_seconds(engine, "base", n + 1) for n in range(args.most + 1)}
-            draft = {n: forward_seconds(engine, "drafter", n) for n in range(1, args.most + 1)}
+            target = {n: forward_seconds(engine, [("base", n + 1)])[0] for n in range(args.most + 1)}
+            draft = {n: forward_seconds(engine, [("base", 1), ("drafter", n)])[1] for n in range(1, args.most + 1)}
             table = Table(
                 "drafts", "chain", "tree", "levels of the tree", title=f"{pair}: speed-up over plain decoding"
             )

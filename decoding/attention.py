@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from decoding.core import SpanInput
+from decoding.hosting import SpanInput
 
 Tensor = torch.Tensor
 

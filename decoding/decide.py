@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from decoding.accept import Check, verify
-from decoding.core import Rows, TokenLogprob
+from decoding.events import TokenLogprob
+from decoding.hosting import Rows
 from decoding.judge import JudgeHead
 from decoding.mix import mix
 from decoding.sampling import Drawn, Position, hard_mask, log_softmax_rows, token_logprobs
@@ -80,7 +81,7 @@ class Decider:
     def _scores(self, sample: Sample, rows: Mapping[str, Rows]) -> torch.Tensor | None:
         """The judge head's logits at the drafts' own positions, [k], if the request's rule asks for a judge."""
         draft = sample.sequence.draft
-        if not sample.drafts or draft is None or not Check(sample.sequence, 0).rule.judges:
+        if draft is None or not judged(sample):
             return None
         track = sample.sequence.group.term_tracks[0]
         model = sample.sequence.tracks[track].model
@@ -142,3 +143,25 @@ def _trace(due: Seq[Sample], decision: Decision, rows: Mapping[str, Rows]) -> No
     if chosen:
         for each, entry in zip(filled, trace(chosen, rows), strict=True):
             each.trace = entry
+
+
+def judged(sample: Sample) -> bool:
+    """Whether its drafts are judged, for which the policy's main model gives its hidden states too."""
+    return bool(sample.drafts) and Check(sample.sequence, 0).rule.judges
+
+
+def add_drafted_rows(samples: Seq[Sample], rows: dict[str, Rows]) -> None:
+    """Roles that drafted have computed rows on the way: put them, and the one from the forward, behind each other."""
+    for model in list(rows):
+        more: list[torch.Tensor] = []
+        end = len(rows[model].logits)
+        for sample in samples:
+            draft = sample.sequence.draft
+            if draft is None or draft.role is None or not draft.rows or sample.spans[draft.role].track.model != model:
+                continue
+            own = sample.offsets[draft.role]
+            more += [torch.stack(draft.rows), rows[model].logits[own : own + 1]]
+            sample.offsets[draft.role] = end
+            end += len(draft.rows) + 1
+        if more:
+            rows[model] = Rows(torch.cat([rows[model].logits, *more]), rows[model].hidden)

@@ -21,39 +21,39 @@ from typing import Any, Literal
 
 import torch
 
-from decoding.accept import Check
 from decoding.admit import Hosted, make_group
+from decoding.append import append
 from decoding.core import (
     AdapterInUse,
     BadRequest,
     Constraint,
-    Delta,
-    Done,
     EngineConfig,
-    Event,
-    Failed,
-    FinishReason,
-    ModelInfo,
     ModelLoadError,
     ModelSpec,
-    ModelStats,
     Overloaded,
     Policy,
     Program,
-    PromptLogprobs,
     Request,
     Role,
-    Rows,
     Sampling,
-    SpanInput,
-    Stats,
     Term,
-    TokenLogprob,
     UnknownModel,
+)
+from decoding.decide import Decider, Decision, add_drafted_rows, judged
+from decoding.events import (
+    Delta,
+    Done,
+    Event,
+    Failed,
+    ModelInfo,
+    ModelStats,
+    PromptLogprobs,
+    Stats,
+    TokenLogprob,
     Usage,
 )
-from decoding.decide import Decider, Decision
 from decoding.generate import Completion, collect
+from decoding.hosting import Rows, SpanInput
 from decoding.judge import JudgeHead
 from decoding.kv import BlockPool
 from decoding.memory import divide_kv
@@ -241,15 +241,15 @@ class Engine:
     def _forward(self, plan: Plan) -> dict[str, Rows]:
         """One packed forward per model. A forward that fails takes down the requests in it, nothing else."""
         rows: dict[str, Rows] = {}
-        judged = {s.sequence.tracks[s.sequence.group.term_tracks[0]].model for s in plan.samples if _judged(s)}
+        read = {s.sequence.tracks[s.sequence.group.term_tracks[0]].model for s in plan.samples if judged(s)}
         # All inputs first: a failed request gives its blocks back, and other models' forwards still name them.
         inputs = {model: [_span_input(span) for span in spans] for model, spans in plan.spans.items()}
         for model, spans in plan.spans.items():
             began = time.perf_counter()
             try:
-                rows[model] = self._run(model, inputs[model], _groups(spans), model in judged)
+                rows[model] = self._run(model, inputs[model], _groups(spans), model in read)
             except Exception as error:
-                found = self._without_drafters(plan, model, error, model in judged)
+                found = self._without_drafters(plan, model, error, model in read)
                 if found is not None:
                     rows[model] = found
                 continue
@@ -258,7 +258,7 @@ class Engine:
         for model in plan.spans:
             plan.spans[model] = [span for span in plan.spans[model] if not span.sequence.finished]
         plan.samples = [sample for sample in plan.samples if not sample.sequence.finished]
-        _add_drafted_rows(plan.samples, rows)
+        add_drafted_rows(plan.samples, rows)
         return rows
 
     def _without_drafters(self, plan: Plan, model: str, error: Exception, want_hidden: bool) -> Rows | None:
@@ -359,49 +359,22 @@ class Engine:
 
     def _append(self, sequence: Sequence, drawn: Seq[Drawn], weights: Seq[Seq[float]] | None) -> Delta | None:
         """Append what was drawn, up to the first stop; what is told of it, None if the request failed."""
-        group, sampling = sequence.group, sequence.group.request.sampling
+        group = sequence.group
+        if any(each.token is None for each in drawn):
+            self._fail_empty(Position(sequence, tuple(each.token for each in drawn if each.token is not None)))
+            return None
         drafted = len(sequence.draft.tokens) if sequence.draft else 0
-        accepted = sum(each.accepted is not None for each in drawn)
-        ids: list[int] = []
-        pieces: list[str] = []
-        reason: FinishReason | None = None
-        stop_reason: int | str | None = None
-        for i, each in enumerate(drawn):
-            if each.token is None:
-                self._fail_empty(sequence)
-                return None
-            token = each.token
-            sequence.output.append(token)
-            sequence.counts[token] = sequence.counts.get(token, 0) + 1
-            if group.policy.solver is not None and weights is not None:
-                sequence.solver_state = group.policy.solver.advance(sequence.solver_state, weights[i], token)
-            if sequence.constraint is not None:
-                sequence.constraint.advance(token)
-            if sequence.draft:
+        delta = append(sequence, drawn, weights)
+        if sequence.draft:
+            for token in delta.token_ids:
                 self._tell_drafter(sequence.draft, token)
-            piece, reason, stop_reason = _progress(sequence, token)
-            ids.append(token)
-            pieces.append(piece)
-            if reason is not None:
-                break
-        told = drawn[: len(ids)]
-        sequence.next_row = len(sequence.output) - 1
-        group.completion_tokens += len(ids)
+        group.completion_tokens += len(delta.token_ids)
         group.passes += 1
         if drafted:
-            self._pace.learn(sequence, drafted, accepted)
+            self._pace.learn(sequence, drafted, sum(each.accepted is not None for each in drawn))
             group.drafted += drafted
-            group.accepted += sum(each.accepted is not None for each in told)
-        return Delta(
-            group.request.id,
-            sequence.index,
-            tuple(ids),
-            "".join(pieces),
-            tuple(each.logprob for each in told if each.logprob) if sampling.logprobs is not None else (),
-            reason,
-            stop_reason,
-            tuple(each.trace for each in told if each.trace),
-        )
+            group.accepted += sum(each.accepted is not None for each in drawn[: len(delta.token_ids)])
+        return delta
 
     def _tell_drafter(self, draft: Draft, token: int) -> None:
         if draft.lookup:
@@ -409,9 +382,10 @@ class Engine:
         elif draft.own and token >= self.runners[draft.own.model].width:
             self.scheduler.retire(draft)  # it has no such token, and could not go on behind it
 
-    def _fail_empty(self, sequence: Sequence) -> None:
-        group = sequence.group
-        if hard_mask(Position(sequence), group.width, self._device) is None:
+    def _fail_empty(self, at: Position) -> None:
+        """Nothing may come at this place."""
+        group = at.sequence.group
+        if hard_mask(at, group.width, self._device) is None:
             models = ", ".join(group.request.program.models)
             self._fail(group, f"The logits of {models} hold no finite number here.")
         else:
@@ -502,40 +476,3 @@ def _span_input(span: Span) -> SpanInput:
         range(span.count - span.rows, span.count),
         span.track.adapter,
     )
-
-
-def _progress(sequence: Sequence, token: int) -> tuple[str, FinishReason | None, int | str | None]:
-    """The text that `token`, just appended, lets out; why the sequence ends with it, if it does; which stop did it."""
-    group, text, length = sequence.group, sequence.text, len(sequence.output)
-    sampling = group.request.sampling
-    if length > sampling.min_tokens:
-        if token in sampling.stop_token_ids:
-            return text.push(token) if sampling.include_stop_str_in_output else "", "stop", token
-        if token in group.request.eos_ids and not sampling.ignore_eos:
-            return text.push(token), "stop", None
-    shown = text.push(token, stops_apply=length >= sampling.min_tokens)
-    if text.stopped():
-        return shown, "stop", text.matched
-    return shown, "length" if length >= group.max_output else None, None
-
-
-def _judged(sample: Sample) -> bool:
-    """Whether its drafts are judged, for which the policy's main model gives its hidden states too."""
-    return bool(sample.drafts) and Check(sample.sequence, 0).rule.judges
-
-
-def _add_drafted_rows(samples: Seq[Sample], rows: dict[str, Rows]) -> None:
-    """Roles that drafted have computed rows on the way: put them, and the one from the forward, behind each other."""
-    for model in list(rows):
-        more: list[torch.Tensor] = []
-        end = len(rows[model].logits)
-        for sample in samples:
-            draft = sample.sequence.draft
-            if draft is None or draft.role is None or not draft.rows or sample.spans[draft.role].track.model != model:
-                continue
-            own = sample.offsets[draft.role]
-            more += [torch.stack(draft.rows), rows[model].logits[own : own + 1]]
-            sample.offsets[draft.role] = end
-            end += len(draft.rows) + 1
-        if more:
-            rows[model] = Rows(torch.cat([rows[model].logits, *more]), rows[model].hidden)

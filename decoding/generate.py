@@ -12,22 +12,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from decoding.admit import Hosted
-from decoding.core import (
-    BadRequest,
-    Delta,
-    Done,
-    EngineFailure,
-    Event,
-    Failed,
-    FinishReason,
-    ModelLoadError,
-    ModelSpec,
-    PromptLogprobs,
-    Request,
-    TokenLogprob,
-    TokenTrace,
-    Usage,
-)
+from decoding.core import BadRequest, EngineFailure, FinishReason, ModelLoadError, ModelSpec, Request
+from decoding.events import Delta, Done, Event, Failed, PromptLogprobs, TokenLogprob, TokenTrace, Usage
 from decoding.judge import JudgeHead, local_directory, read_judge, weights_hash
 
 

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from decoding.adapters import Adapter, Lora
 from decoding.attention import Tensor
-from decoding.core import SpanInput
+from decoding.hosting import SpanInput
 
 FEW_TOKENS = 64  # up to here every token meets every adapter: more products, but a few calls only
 PROBE = "\0probe"  # no id of a model's

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from decoding.core import EngineConfig, ModelLoadError, ModelRunner
+from decoding.core import EngineConfig, ModelLoadError
+from decoding.hosting import ModelRunner
 
 _CPU_SHARE, _CPU_MOST = 0.25, 4 << 30  # main memory is everybody's: a quarter of what is free, 4 GiB at most
 _CUDA_SHARE = 0.90  # of the device, weights included

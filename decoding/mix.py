@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from decoding.combine import Gating, KernelRows, TorchRows
-from decoding.core import Policy, Rows, Solver
+from decoding.core import Policy, Solver
+from decoding.hosting import Rows
 from decoding.state import Sample
 from decoding.truncate import cut_below
 

@@ -17,7 +17,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from decoding.core import DraftStats
+from decoding.events import DraftStats
+from decoding.state import Draft
 from decoding.state import Sequence as Hypothesis
 
 MAX_TOKENS = 16  # what `auto` goes up to
@@ -102,10 +103,12 @@ class Pace:
         self._pairs: dict[tuple[str, str, str], Pair] = {}
         self._held = 0
         self._members: list[int] = []
+        self._resting: list[tuple[Pair, Draft]] = []
 
     def assign(self, running: Sequence[Hypothesis]) -> None:
         """How many tokens each sequence should draft next."""
         adaptive: list[Hypothesis] = []
+        lookups: list[Draft] = []
         for sequence in running:
             draft = sequence.draft
             if draft is None:
@@ -116,17 +119,18 @@ class Pace:
                 adaptive.append(sequence)
             else:
                 draft.wanted = draft.spec.tokens
+            if draft.lookup is not None:
+                lookups.append(draft)
         if adaptive:
-            members = [id(sequence) for sequence in running]
             self._held -= 1
+            members = [id(sequence) for sequence in running]
             if self._held < 0 or members != self._members:
                 self._held, self._members = HOLD, members
                 self._adapt(adaptive, running)
-            self._try_again(adaptive)
-        for sequence in running:
-            draft = sequence.draft
-            if draft is not None and draft.lookup is not None and draft.wanted:
-                draft.wanted = min(draft.wanted, len(draft.lookup.propose(draft.wanted)))
+            self._try_again()
+        for draft in lookups:
+            if draft.wanted:
+                draft.wanted = min(draft.wanted, len(draft.lookup.propose(draft.wanted)) if draft.lookup else 0)
 
     def chance(self, sequence: Hypothesis, confidence: float) -> float:
         """How likely a draft of `sequence` passes that its drafter gave this probability."""
@@ -204,23 +208,33 @@ class Pace:
             length = min(best, reach[id(sequence)])
             draft.wanted = length if draft.lookup else min(MAX_TOKENS, STRETCH * length)
             draft.worth = worth
+            if draft.probing:
+                draft.wanted, draft.worth = max(draft.wanted, PROBE), []
+        self._rest(adaptive)
 
-    def _try_again(self, adaptive: Sequence[Hypothesis]) -> None:
-        """A pair that does not pay is given another chance now and then, in one sequence, more and more rarely."""
-        members: dict[int, list[Hypothesis]] = {}
+    def _rest(self, adaptive: Sequence[Hypothesis]) -> None:
+        """Which pairs do not pay now; the first of a pair's drafts is the one that may try."""
+        members: dict[int, list[Draft]] = {}
+        pairs: dict[int, Pair] = {}
         for sequence in adaptive:
-            members.setdefault(id(self._pair(sequence)), []).append(sequence)
-        for sequences in members.values():
-            pair = self._pair(sequences[0])
-            drafts = [s.draft for s in sequences if s.draft]
-            if any(draft.probing for draft in drafts):
-                continue
+            if sequence.draft:
+                pair = self._pair(sequence)
+                pairs[id(pair)] = pair
+                members.setdefault(id(pair), []).append(sequence.draft)
+        self._resting = []
+        for key, drafts in members.items():
             if any(draft.wanted for draft in drafts):
-                pair.idle, pair.patience = 0, PATIENCE
-                continue
+                if not any(draft.probing for draft in drafts):
+                    pairs[key].idle, pairs[key].patience = 0, PATIENCE
+            else:
+                self._resting.append((pairs[key], drafts[0]))
+
+    def _try_again(self) -> None:
+        """A pair that does not pay is given another chance now and then, in one sequence, more and more rarely."""
+        for pair, draft in self._resting:
             pair.idle += 1
-            if pair.idle >= pair.patience:
-                drafts[0].wanted, drafts[0].worth, drafts[0].probing = PROBE, [], True
+            if pair.idle >= pair.patience and not draft.broken:
+                draft.wanted, draft.worth, draft.probing = PROBE, [], True
                 pair.idle, pair.patience = 0, min(2 * pair.patience, MAX_PATIENCE)
 
     def _costs(self, decoding: Sequence[Hypothesis]) -> Callable[[int, Mapping[int, int]], float]:

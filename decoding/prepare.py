@@ -12,19 +12,9 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from decoding.core import (
-    MAX_WEIGHT,
-    SCORERS,
-    BadRequest,
-    Constraint,
-    ModelInfo,
-    Program,
-    Request,
-    Sampling,
-    Term,
-    UnknownModel,
-)
+from decoding.core import MAX_WEIGHT, SCORERS, BadRequest, Constraint, Program, Request, Sampling, Term, UnknownModel
 from decoding.draft import settle_speculation
+from decoding.events import ModelInfo
 from decoding.text import Prompt, TextModel, shared_vocabulary
 
 

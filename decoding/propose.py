@@ -15,7 +15,7 @@ from collections.abc import Sequence as Seq
 import torch
 
 from decoding.accept import RULES, Rule
-from decoding.core import Rows, SpanInput
+from decoding.hosting import Rows, SpanInput
 from decoding.noise import Lane
 from decoding.pace import Clock, Pace
 from decoding.sampling import Position, draw, hard_mask, kept, pick, process, processes

@@ -18,11 +18,13 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from decoding.adapters import read_adapter
 from decoding.attention import Batch, HostedLayer, Tensor, attend_kernel, attend_reference, make_batch, make_pool
-from decoding.core import AdapterInfo, ModelLoadError, Rows, SpanInput
+from decoding.core import ModelLoadError
+from decoding.events import AdapterInfo
 from decoding.host_build import load_kernels
 from decoding.host_compile import CompiledForward, mark_pools
 from decoding.host_linear import FEW_ROWS, use_few_rows
 from decoding.host_probe import probe
+from decoding.hosting import Rows, SpanInput
 from decoding.lora import Chosen, Loras
 
 log = logging.getLogger(__name__)

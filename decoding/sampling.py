@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from decoding.core import Sampling, TokenLogprob, TokenTrace
+from decoding.core import Sampling
+from decoding.events import TokenLogprob, TokenTrace
 from decoding.noise import GUMBEL_MAX, Lane, gumbel, key_tensor, noise_key, uniform
 from decoding.state import Sequence
 from decoding.truncate import first_ids, keep_rows, top_stable, truncate

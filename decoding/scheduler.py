@@ -137,12 +137,15 @@ class Scheduler:
                 span.track.num_computed = span.start + span.count
                 self._settle(span.sequence, span.track)
         for sequence in self.running:
-            if sequence.draft:
-                if sequence.draft.broken:
-                    self.retire(sequence.draft)
-                elif sequence.draft.own and sequence.draft.planned:
-                    self._settle(sequence, sequence.draft.own)
-                sequence.draft.clear()
+            draft = sequence.draft
+            if draft is None:
+                continue
+            if draft.broken:
+                self.retire(draft)
+            elif draft.own and draft.planned:
+                self._settle(sequence, draft.own)
+            if draft.planned:
+                draft.clear()
 
     def _settle(self, sequence: Sequence, track: Track) -> None:
         if not sequence.running:
@@ -303,6 +306,8 @@ class Scheduler:
 
     def _feed(self, sequence: Sequence, draft: Draft, track: Track, plan: Plan) -> None:
         """A drafter that has fallen behind, or joins late, catches up with what budget and memory are left."""
+        if not draft.wanted and not track.blocks:
+            return
         pool, known = self.pools[track.model], sequence.known(track)
         if known >= self.limits[track.model] or pool.blocks_for(known) > pool.num_blocks:
             self.retire(draft)

@@ -14,7 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from decoding.attention import Tensor
-from decoding.core import ModelLoadError, SpanInput
+from decoding.core import ModelLoadError
+from decoding.hosting import SpanInput
 from decoding.runner import Runner
 
 TWIN_TOKENS = 40

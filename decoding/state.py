@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from decoding.core import Constraint, Policy, Request, Speculation, TokenLogprob
+from decoding.core import Constraint, Policy, Request, Speculation
+from decoding.events import TokenLogprob
 from decoding.lookup import Lookup
 from decoding.output import OutputText
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from decoding.core import RoleTrace, Rows, TokenTrace
+from decoding.events import RoleTrace, TokenTrace
+from decoding.hosting import Rows
 from decoding.state import Sample
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from decoding.core import Delta, Done, Event, Failed, PromptLogprobs, TokenLogprob
+from decoding.events import Delta, Done, Event, Failed, PromptLogprobs, TokenLogprob
 from server.errors import from_failed
 from server.generation import Job
 from server.logprobs import TextLogprobs, chat_logprobs, joined, reported

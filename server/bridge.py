@@ -19,20 +19,9 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from decoding.core import (
-    AdapterInUse,
-    BadRequest,
-    Done,
-    EngineFailure,
-    Event,
-    Failed,
-    ModelInfo,
-    ModelLoadError,
-    ModelSpec,
-    Overloaded,
-    Stats,
-)
+from decoding.core import AdapterInUse, BadRequest, EngineFailure, ModelLoadError, ModelSpec, Overloaded
 from decoding.core import Request as EngineRequest
+from decoding.events import Done, Event, Failed, ModelInfo, Stats
 from server.engine_process import (
     Abort,
     Changed,

@@ -18,18 +18,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from decoding.core import (
     AdapterInUse,
     BadRequest,
-    Done,
-    Event,
-    Failed,
-    ModelInfo,
     ModelLoadError,
     ModelSpec,
     Overloaded,
     Request,
-    Stats,
     TrimtabError,
     UnknownModel,
 )
+from decoding.events import Done, Event, Failed, ModelInfo, Stats
 
 if TYPE_CHECKING:
     from decoding.text import TextModel

@@ -19,7 +19,8 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from decoding.core import AdapterInUse, BadRequest, Failed, ModelLoadError, Overloaded, TrimtabError, UnknownModel
+from decoding.core import AdapterInUse, BadRequest, ModelLoadError, Overloaded, TrimtabError, UnknownModel
+from decoding.events import Failed
 
 logger = logging.getLogger("trimtab.server")
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from decoding.core import TokenLogprob
 from decoding.detokenizer import Detokenizer, Vocabulary
+from decoding.events import TokenLogprob
 
 FLOOR = -9999.0
 

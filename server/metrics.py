@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from decoding.core import Stats
+from decoding.events import Stats
 from server.bridge import Bridge
 from server.generation import Job
 

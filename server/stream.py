@@ -16,7 +16,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from decoding.core import Delta, Event, PromptLogprobs
+from decoding.events import Delta, Event, PromptLogprobs
 from server.answers import Progress, trace_entries
 from server.errors import ApiError
 from server.generation import Job

@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 from decoding.accept import Check, verify
 from decoding.admit import Hosted
-from decoding.core import EngineConfig, Rows, SpanInput
+from decoding.core import EngineConfig
 from decoding.engine import Engine
+from decoding.hosting import Rows, SpanInput
 from decoding.judge import JudgeHead
 from decoding.sampling import Drawn
 from decoding.state import Sequence as State

@@ -10,7 +10,8 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
-from decoding.core import Event, TrimtabError
+from decoding.core import TrimtabError
+from decoding.events import Event
 from server.answers import Answer, Progress
 from server.bridge import Channel
 from server.errors import ApiError, from_trimtab

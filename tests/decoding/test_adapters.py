@@ -17,9 +17,7 @@ from safetensors.torch import load_file, save_file
 from decoding.core import (
     AdapterInUse,
     BadRequest,
-    Delta,
     EngineConfig,
-    Event,
     ModelLoadError,
     ModelSpec,
     Policy,
@@ -27,16 +25,17 @@ from decoding.core import (
     Request,
     Role,
     Sampling,
-    SpanInput,
     Speculation,
     Term,
     UnknownModel,
     View,
 )
 from decoding.engine import Engine
+from decoding.events import Delta, Event
 from decoding.generate import collect, load_models
 from decoding.host_build import load_kernels
 from decoding.host_compile import CompiledForward
+from decoding.hosting import SpanInput
 from decoding.lora import FEW_TOKENS
 from decoding.prepare import Entry, prepare
 from decoding.runner import Runner

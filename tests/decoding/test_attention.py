@@ -14,9 +14,9 @@ import torch
 from torch.nn import functional as F
 
 from decoding.attention import Batch, HostedLayer, LayerSpec, attend_kernel, attend_reference, make_batch, make_pool
-from decoding.core import SpanInput
 from decoding.host_build import load_kernels
 from decoding.host_linear import FewRowsLinear, use_few_rows
+from decoding.hosting import SpanInput
 
 BLOCKS = 64
 

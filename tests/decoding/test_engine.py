@@ -8,19 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from decoding.core import (
-    BadRequest,
-    Delta,
-    Done,
-    EngineConfig,
-    Failed,
-    Overloaded,
-    Program,
-    Request,
-    Sampling,
-    UnknownModel,
-)
+from decoding.core import BadRequest, EngineConfig, Overloaded, Program, Request, Sampling, UnknownModel
 from decoding.engine import Engine
+from decoding.events import Delta, Done, Failed
 from decoding.strategies import STRATEGIES
 from tests.fakes import EOS, TableModel, random_table, table_engine
 

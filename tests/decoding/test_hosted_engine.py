@@ -10,8 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoding.admit import Hosted
-from decoding.core import Delta, EngineConfig, Failed, Program, Request, Sampling, TokenLogprob
+from decoding.core import EngineConfig, Program, Request, Sampling
 from decoding.engine import Engine
+from decoding.events import Delta, Failed, TokenLogprob
 from decoding.runner import Runner
 from decoding.strategies import STRATEGIES
 from decoding.text import TextModel

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from decoding.core import ModelLoadError, SpanInput
+from decoding.core import ModelLoadError
+from decoding.hosting import SpanInput
 from decoding.runner import Runner
 from tests.tiny import LONGROPE, SERVED, VOCAB, tiny_model
 

@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 import decoding.runner
 from decoding.attention import HostedLayer
-from decoding.core import ModelLoadError, ModelSpec, SpanInput
+from decoding.core import ModelLoadError, ModelSpec
 from decoding.host_gate import causal_class, context_limit
+from decoding.hosting import SpanInput
 from decoding.models import load_model
 from decoding.selfcheck import check_twin, make_twin
 from tests.tiny import LONGROPE, tiny_config, tiny_directory, tiny_model

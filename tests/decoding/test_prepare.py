@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from decoding.core import BadRequest, ModelInfo, Policy, Program, Role, Sampling, Term, UnknownModel, View
+from decoding.core import BadRequest, Policy, Program, Role, Sampling, Term, UnknownModel, View
+from decoding.events import ModelInfo
 from decoding.prepare import Entry, prepare
 from decoding.text import Chat, TextModel
 from tests.decoding.test_text import byte_level, sentencepiece

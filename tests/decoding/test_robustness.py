@@ -13,23 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from decoding.core import (
-    BadRequest,
-    Delta,
-    Done,
-    EngineConfig,
-    Event,
-    Failed,
-    Policy,
-    Program,
-    PromptLogprobs,
-    Request,
-    Role,
-    Sampling,
-    Term,
-    View,
-)
+from decoding.core import BadRequest, EngineConfig, Policy, Program, Request, Role, Sampling, Term, View
 from decoding.engine import Engine
+from decoding.events import Delta, Done, Event, Failed, PromptLogprobs
 from decoding.prepare import MAX_TERMS, Entry, prepare
 from server.engine_process import Loop, Submit
 from tests.decoding.test_engine import CFG, PLAIN, PROXY, models, program, request

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from decoding.core import BadRequest, Constraint, Delta, Done, EngineConfig, Failed, Request, Speculation
+from decoding.core import BadRequest, Constraint, EngineConfig, Request, Speculation
 from decoding.engine import Engine
+from decoding.events import Delta, Done, Failed
 from decoding.judge import JudgeHead
 from tests.decoding.test_strategies import CASES, WIDTH, Case, models, requests
 from tests.fakes import EOS, TableModel, table_engine
@@ -210,6 +211,52 @@ def test_a_trace_says_what_was_drafted_and_how_it_passed() -> None:
     for name, seen_entries in without.items():
         blank = [dataclasses.replace(e, drafted=False, accepted=None) for e in with_drafts[name]]
         assert blank == seen_entries
+
+
+@pytest.mark.parametrize("draft", ["near", "expert"])
+def test_real_models_say_the_same_with_drafts(draft: str) -> None:
+    """Tiny random Llamas in fp32, kernels and all: every policy greedy, and with a seed."""
+    from decoding.admit import Hosted
+    from decoding.runner import Runner
+    from decoding.text import TextModel
+    from tests.decoding.test_hosted_engine import tiny_llama
+    from tests.fakes import byte_tokenizer
+
+    text = byte_tokenizer()
+    names = ("base", "expert", "anti", "other", "near")
+    made = requests(ALL, max_tokens=12)
+    made += [dataclasses.replace(r, id=f"hot:{r.id}") for r in requests(ALL, max_tokens=12, temperature=1.0, seed=3)]
+    answers = []
+    for batch in (made, drafting(made, draft, 3, "coupled")):
+        runners = {name: Runner(tiny_llama(i, WIDTH, 2), name) for i, name in enumerate(names)}
+        engine = Engine({n: Hosted(r, TextModel(n, text)) for n, r in runners.items()}, CONFIG)
+        told, done = play(engine, batch)
+        answers.append(texts(told))
+        for runner in runners.values():
+            runner.close()
+    assert answers[0] == answers[1]
+    assert sum(d.usage.drafted for d in done.values()) > 300
+
+
+def test_a_drafter_catches_up_with_a_long_prompt_and_after_a_pause() -> None:
+    """Its prompt goes with the packed forwards, and a drafter whose memory was taken joins again later."""
+    made = [
+        dataclasses.replace(r, prompts=(tuple(i % 250 for i in range(90)),)) for r in requests(ALL[:1], max_tokens=200)
+    ]
+    wanted, _ = play(table_engine(fakes(), CONFIG), made)
+    engine = table_engine(fakes(), CONFIG)
+    engine.submit(drafting(made, "twin", 3, "rejection")[0])
+    out: list[int] = []
+    for tick in range(200):
+        if tick == 10:
+            assert engine.scheduler._reclaim(["twin"])
+        out += [t for e in engine.step() if isinstance(e, Delta) for t in e.token_ids]
+        engine.check()
+        if not engine.has_work():
+            break
+    assert out == wanted["0-plain", 0][0]
+    drafted = engine.stats().drafts[0].drafted[0]
+    assert 9 < drafted < 200 - 64  # both before the pause and after it
 
 
 # -- processors with state ------------------------------------------------------------------------------------------

@@ -10,23 +10,10 @@ import torch
 
 from decoding.accept import Check, verify
 from decoding.admit import Hosted
-from decoding.core import (
-    BadRequest,
-    Delta,
-    Done,
-    EngineConfig,
-    Event,
-    Failed,
-    Policy,
-    Program,
-    Request,
-    Role,
-    Sampling,
-    Speculation,
-    Term,
-)
+from decoding.core import BadRequest, EngineConfig, Policy, Program, Request, Role, Sampling, Speculation, Term
 from decoding.draft import settle_speculation
 from decoding.engine import Engine
+from decoding.events import Delta, Done, Event, Failed
 from decoding.judge import JudgeHead
 from decoding.prepare import Entry, prepare
 from decoding.text import TextModel

@@ -14,8 +14,9 @@ import torch
 from scipy.stats import chisquare
 
 from decoding.accept import verify as verify_checks
-from decoding.core import BadRequest, Delta, EngineConfig, Failed, Program, Request, Role, Sampling
+from decoding.core import BadRequest, EngineConfig, Program, Request, Role, Sampling
 from decoding.engine import Engine
+from decoding.events import Delta, Failed
 from decoding.solvers import Fusion
 from decoding.strategies import STRATEGIES
 from decoding.strategies.reward_guided import Arm, Objective

@@ -11,27 +11,22 @@ import os
 import time
 from dataclasses import dataclass, field
 
-from decoding.core import (
-    AdapterInUse,
-    BadRequest,
+from decoding.core import AdapterInUse, BadRequest, FinishReason, ModelLoadError, ModelSpec, Request
+from decoding.detokenizer import Detokenizer
+from decoding.events import (
     Delta,
     Done,
     Event,
     Failed,
-    FinishReason,
     ModelInfo,
-    ModelLoadError,
-    ModelSpec,
     ModelStats,
     PromptLogprobs,
-    Request,
     RoleTrace,
     Stats,
     TokenLogprob,
     TokenTrace,
     Usage,
 )
-from decoding.detokenizer import Detokenizer
 from decoding.text import StopStrings, TextModel
 from server.engine_process import EngineLike
 from tests.decoding.test_text import CHATML, byte_level

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from decoding.core import TokenLogprob
+from decoding.events import TokenLogprob
 from server.logprobs import TextLogprobs, chat_logprobs, joined, token_string
 from tests.decoding.test_text import TOKENIZERS, VOCABULARIES
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from decoding.core import ModelInfo, ModelLoadError
+from decoding.core import ModelLoadError
+from decoding.events import ModelInfo
 from decoding.prepare import Entry
 from decoding.strategies import STRATEGIES
 from decoding.text import TextModel

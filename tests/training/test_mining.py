@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from decoding.core import Sampling, SpanInput
+from decoding.core import Sampling
+from decoding.hosting import SpanInput
 from decoding.runner import Runner
 from tests.fakes import TableModel, byte_tokenizer, random_table, table_engine
 from tests.tiny import VOCAB, tiny_model
