@@ -98,7 +98,7 @@ CASES: list[tuple[str, dict[str, Any], str | None, str]] = [
     (TEXT, X | {"decoding": {"speculation": {"draft": "nobody"}}}, "decoding.speculation.draft", "ngram, prediction"),
     (TEXT, X | {"decoding": {"speculation": {"draft": "base"}}}, "decoding.speculation.draft", "a smaller one"),
     (TEXT, X | {"decoding": {"speculation": {"draft": "prediction"}}}, "decoding.speculation.draft", "no 'prediction'"),
-    (TEXT, X | {"decoding": {"speculation": {"tokens": 0}}}, "decoding.speculation.tokens", "from 1 to 64"),
+    (TEXT, X | {"decoding": {"speculation": {"tokens": 0}}}, "decoding.speculation.tokens", "from 1 to 32"),
     (TEXT, X | {"decoding": {"speculation": {"tokens": "many"}}}, "decoding.speculation.tokens", "'auto'"),
     (TEXT, X | {"decoding": {"speculation": {"accept": "never"}}}, "decoding.speculation.accept", "'rejection'"),
     (TEXT, X | {"decoding": {"speculation": {"treshold": 1}}}, "decoding.speculation.treshold", "Did you mean"),
