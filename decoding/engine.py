@@ -148,8 +148,7 @@ class Engine:
     def step(self) -> list[Event]:
         """One tick. Returns what happened, in order."""
         self.scheduler.admit()
-        self._pace.assign(self.scheduler.running)
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(drafts=self._pace.assign(self.scheduler.running))
         self._proposer.propose(plan)
         rows = self._forward(plan)
         decision = self._decide(plan, rows) if plan.samples else Decision()

@@ -105,8 +105,8 @@ class Pace:
         self._members: list[int] = []
         self._resting: list[tuple[Pair, Draft]] = []
 
-    def assign(self, running: Sequence[Hypothesis]) -> None:
-        """How many tokens each sequence should draft next."""
+    def assign(self, running: Sequence[Hypothesis]) -> bool:
+        """How many tokens each sequence should draft next; whether any is to draft at all."""
         adaptive: list[Hypothesis] = []
         lookups: list[Draft] = []
         for sequence in running:
@@ -131,6 +131,7 @@ class Pace:
         for draft in lookups:
             if draft.wanted:
                 draft.wanted = min(draft.wanted, len(draft.lookup.propose(draft.wanted)) if draft.lookup else 0)
+        return any(sequence.draft is not None and sequence.draft.wanted for sequence in running)
 
     def chance(self, sequence: Hypothesis, confidence: float) -> float:
         """How likely a draft of `sequence` passes that its drafter gave this probability."""

@@ -8,6 +8,7 @@ after the request's own processors, evaluated with the drafted prefix.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -95,12 +96,7 @@ class Proposer:
             ids = sequence.ids(draft.track, start, end)
             spans.append(SpanInput(ids, start, draft.track.blocks, [end - start - 1], draft.track.adapter))
         logits = self._forward(model, spans, {sequence.group for sequence in members}).logits  # [n, V]
-        width = max(s.group.width for s in members)
-        z = torch.full((len(members), width), -torch.inf, device=logits.device)
-        for row, sequence in enumerate(members):
-            own = min(sequence.group.width, logits.shape[1])
-            z[row, :own] = logits[row, :own]
-        z = z.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+        z = _rows(logits, [s.group.width for s in members])
         chosen = self._choose(z, members)
         left = []
         for row, (sequence, token) in enumerate(zip(members, chosen, strict=True)):
@@ -134,7 +130,7 @@ class Proposer:
                 process(z[row], at)
         best, first = z.max(1)
         chosen: list[int | None] = [
-            token if ok else None for token, ok in zip(first.tolist(), torch.isfinite(best).tolist(), strict=True)
+            token if math.isfinite(value) else None for token, value in zip(first.tolist(), best.tolist(), strict=True)
         ]
         hot = [i for i, at in enumerate(places) if at.sampling.temperature > 0 and chosen[i] is not None]
         keyed = [i for i in hot if rules[i].keyed]
@@ -150,11 +146,14 @@ class Proposer:
                 self._record(members[i]).probs.append(probs[: members[i].group.width])
         adaptive = [i for i, s in enumerate(members) if self._record(s).spec.tokens == "auto" and chosen[i] is not None]
         if adaptive:
-            part = z if len(adaptive) == len(members) else z[adaptive]
-            ids = torch.tensor([chosen[i] for i in adaptive], device=z.device)[:, None]
-            own = (part.gather(1, ids)[:, 0] - torch.logsumexp(part, 1)).exp()
-            for i, confidence in zip(adaptive, own.tolist(), strict=True):
-                self._record(members[i]).confidence.append(confidence)
+            own = (
+                best
+                if not hot
+                else z.gather(1, torch.tensor([[token or 0] for token in chosen], device=z.device))[:, 0]
+            )
+            confidence = (own - torch.logsumexp(z, 1)).exp().tolist()
+            for i in adaptive:
+                self._record(members[i]).confidence.append(confidence[i])
         for i, lp in unfiltered.items():
             if chosen[i] is not None:
                 self._record(members[i]).logprobs.append(lp[: members[i].group.width])
@@ -191,6 +190,19 @@ class Proposer:
         draft.planned, draft.broken = planned, True
         if draft.track is not None:
             draft.track.num_computed = min(draft.track.num_computed, sequence.known(draft.track) - 1)
+
+
+def _rows(logits: torch.Tensor, widths: Seq[int]) -> torch.Tensor:
+    """The drafter's rows [n, W] fp32 as the mixes see them: -inf beyond a mix's width and the drafter's own."""
+    width = max(widths)
+    if min(widths) == width <= logits.shape[1]:
+        z = logits[:, :width].to(torch.float32, copy=True)
+    else:
+        z = torch.full((len(widths), width), -torch.inf, device=logits.device)
+        for row, own in enumerate(widths):
+            own = min(own, logits.shape[1])
+            z[row, :own] = logits[row, :own]
+    return z.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
 
 
 def _rule(sequence: Sequence) -> Rule:

@@ -104,8 +104,11 @@ class Scheduler:
 
     # -- a tick -------------------------------------------------------------------------------------------------
 
-    def plan(self) -> Plan:
-        """The spans and rows of the next tick. Allocates their blocks, preempting where memory is short."""
+    def plan(self, drafts: bool = True) -> Plan:
+        """The spans and rows of the next tick. Allocates their blocks, preempting where memory is short.
+
+        drafts: whether any sequence wants to draft.
+        """
         self.tick += 1
         plan = Plan(tokens=float(self.config.max_num_batched_tokens), rows=self.config.max_logit_rows)
         ready: list[Sequence] = []
@@ -120,6 +123,8 @@ class Scheduler:
         for sequence in sorted(behind, key=lambda s: s.order):
             if sequence.running:
                 self._schedule(sequence, plan)
+        if not drafts:
+            return plan
         for sample in plan.samples:  # drafts take what is left when everyone has got what they need
             self._extend(sample, plan)
         for sequence in self.running:
@@ -136,16 +141,14 @@ class Scheduler:
             for span in spans:
                 span.track.num_computed = span.start + span.count
                 self._settle(span.sequence, span.track)
-        for sequence in self.running:
+        for sequence in plan.drafting:
             draft = sequence.draft
-            if draft is None:
-                continue
+            assert draft is not None
             if draft.broken:
                 self.retire(draft)
-            elif draft.own and draft.planned:
+            elif draft.own:
                 self._settle(sequence, draft.own)
-            if draft.planned:
-                draft.clear()
+            draft.clear()
 
     def _settle(self, sequence: Sequence, track: Track) -> None:
         if not sequence.running:
@@ -306,8 +309,6 @@ class Scheduler:
 
     def _feed(self, sequence: Sequence, draft: Draft, track: Track, plan: Plan) -> None:
         """A drafter that has fallen behind, or joins late, catches up with what budget and memory are left."""
-        if not draft.wanted and not track.blocks:
-            return
         pool, known = self.pools[track.model], sequence.known(track)
         if known >= self.limits[track.model] or pool.blocks_for(known) > pool.num_blocks:
             self.retire(draft)
