@@ -363,7 +363,12 @@ class Engine:
             self._fail_empty(Position(sequence, tuple(each.token for each in drawn if each.token is not None)))
             return None
         drafted = len(sequence.draft.tokens) if sequence.draft else 0
-        delta = append(sequence, drawn, weights)
+        try:
+            delta = append(sequence, drawn, weights)
+        except Exception as error:  # of a constraint, which is not ours
+            logger.exception("request %s: a token could not be appended", group.request.id)
+            self._fail(group, f"The request's constraint failed: {type(error).__name__}.")
+            return None
         if sequence.draft:
             for token in delta.token_ids:
                 self._tell_drafter(sequence.draft, token)

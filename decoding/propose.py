@@ -25,6 +25,25 @@ from decoding.state import Draft, Group, Plan, Sequence
 logger = logging.getLogger("trimtab.engine")
 
 
+class _Lost:
+    """In place of a constraint whose state is unknown: whoever asks it fails."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def allowed(self, width: int) -> torch.Tensor:
+        """Raises."""
+        raise self._error
+
+    def advance(self, token: int) -> None:
+        """Raises."""
+        raise self._error
+
+    def rollback(self, count: int) -> None:
+        """Raises."""
+        raise self._error
+
+
 Forward = Callable[[str, list[SpanInput], set[Group]], Rows]
 
 
@@ -46,23 +65,22 @@ class Proposer:
         for sequence in plan.drafting:
             draft = sequence.draft
             assert draft is not None
-            try:
-                if sequence.constraint is not None:
+            if sequence.constraint is not None:
+                try:
                     draft.masks.append(sequence.constraint.allowed(sequence.group.width))
-                for token in draft.lookup.propose(draft.planned) if draft.lookup else ():
-                    if not self._take(sequence, token):
-                        break
-            except Exception:  # a constraint is the embedder's code: what it does to one request is that request's
-                logger.exception("request %s cannot draft", sequence.group.request.id)
-                self._give_up(sequence)
-                continue
+                except Exception:
+                    logger.exception("request %s cannot draft", sequence.group.request.id)
+                    self._give_up(sequence)
+                    continue
+            for token in draft.lookup.propose(draft.planned) if draft.lookup else ():
+                if not self._takes(sequence, token):
+                    break
             if draft.lookup is None:
                 active.append(sequence)
         while active:
             active = self._step(active)
         for sequence in plan.drafting:
-            if sequence.constraint is not None and sequence.draft and sequence.draft.tokens:
-                sequence.constraint.rollback(len(sequence.draft.tokens))
+            self._roll_back(sequence)
         plan.pack()
 
     def _step(self, active: list[Sequence]) -> list[Sequence]:
@@ -78,12 +96,28 @@ class Proposer:
             try:
                 left += self._draft(model, members)
             except Exception:
-                logger.exception("'%s' failed to draft; its requests go on without", model)
+                # Whose fault it is shows when each drafts alone; what the failed step has left behind is undone.
+                logger.exception("'%s' failed to draft for %d sequences", model, len(members))
                 for sequence in members:
-                    self._give_up(sequence)
+                    left += self._draft_alone(model, sequence)
                 continue
             self._clock.saw(("draft", model), len(members), time.perf_counter() - began)
         return left
+
+    def _draft_alone(self, model: str, sequence: Sequence) -> list[Sequence]:
+        """One more draft for one sequence; if that fails, it drafts no more."""
+        draft = self._record(sequence)
+        made = len(draft.tokens)
+        for record in (draft.probs, draft.logprobs, draft.confidence):
+            del record[made:]
+        if draft.broken or made >= draft.planned:
+            return []
+        try:
+            return self._draft(model, [sequence])
+        except Exception:
+            logger.exception("request %s drafts no more", sequence.group.request.id)
+            self._give_up(sequence)
+            return []
 
     def _draft(self, model: str, members: Seq[Sequence]) -> list[Sequence]:
         spans = []
@@ -103,7 +137,7 @@ class Proposer:
             draft = sequence.draft
             assert draft
             assert draft.track
-            if token is None or not self._take(sequence, token):
+            if token is None or not self._takes(sequence, token):
                 continue
             draft.track.num_computed = spans[row].start + len(spans[row].token_ids)
             if draft.role is not None:
@@ -163,6 +197,15 @@ class Proposer:
         assert sequence.draft is not None
         return sequence.draft
 
+    def _takes(self, sequence: Sequence, token: int) -> bool:
+        """`_take`; a constraint that raises, which is the embedder's code, ends the drafts of its own request only."""
+        try:
+            return self._take(sequence, token)
+        except Exception:
+            logger.exception("request %s drafts no more", sequence.group.request.id)
+            self._give_up(sequence)
+            return False
+
     def _take(self, sequence: Sequence, token: int) -> bool:
         """Draft `token`, if the request's hard constraints allow it there."""
         draft = self._record(sequence)
@@ -180,11 +223,22 @@ class Proposer:
         draft.masks.append(sequence.constraint.allowed(width))
         return True
 
+    def _roll_back(self, sequence: Sequence) -> None:
+        """The constraint is where the output ends again. One that cannot do that ends its request when it is asked."""
+        draft = self._record(sequence)
+        if sequence.constraint is None or not draft.tokens:
+            return
+        try:
+            sequence.constraint.rollback(len(draft.tokens))
+        except Exception as error:
+            logger.exception("request %s: its constraint does not roll back", sequence.group.request.id)
+            sequence.constraint = _Lost(error)
+            draft.masks.clear()
+
     def _give_up(self, sequence: Sequence) -> None:
         """Nothing is drafted in this tick, nor later: a drafter that failed once is not asked again."""
         draft = self._record(sequence)
-        if sequence.constraint is not None and draft.tokens:
-            sequence.constraint.rollback(len(draft.tokens))
+        self._roll_back(sequence)
         planned = draft.planned
         draft.clear()
         draft.planned, draft.broken = planned, True

@@ -74,7 +74,7 @@ class Scheduler:
             partial = starts[id(track)] % self.pools[track.model].block_size != 0
             needs[track.model] = needs.get(track.model, 0) + partial
         while short := [model for model, need in needs.items() if self.pools[model].available < need]:
-            if not self._reclaim(short):
+            if not self._reclaim(short, keep=root):
                 break
         if short or len(self.running) >= self.config.max_num_seqs:
             self.add(child)
@@ -139,6 +139,9 @@ class Scheduler:
         """
         for spans in plan.spans.values():
             for span in spans:
+                draft = span.sequence.draft
+                if draft is not None and draft.broken and span.track is draft.own:
+                    continue  # it was retired meanwhile: its blocks are gone
                 span.track.num_computed = span.start + span.count
                 self._settle(span.sequence, span.track)
         for sequence in plan.drafting:
@@ -196,7 +199,9 @@ class Scheduler:
             for model, blocks in self._missing(sequence):
                 wanted[model] += blocks
             short = [model for model, pool in self.pools.items() if wanted[model] > pool.available]
-            if short and self._reclaim(short):
+            lent = self._lent() if short else {}
+            enough = all(wanted[model] <= self.pools[model].available + lent.get(model, 0) for model in short)
+            if short and enough and self._reclaim(short):
                 continue
             if short and self.running:
                 return
@@ -331,12 +336,23 @@ class Scheduler:
         if draft.own is not None:
             self._forget(draft.own)
 
-    def _reclaim(self, short: Iterable[str]) -> bool:
-        """Take back the blocks of one drafter in a pool that is short, the youngest one's first."""
+    def _lent(self) -> dict[str, int]:
+        """Blocks that drafters hold, at most; of each pool."""
+        lent: dict[str, int] = {}
+        for sequence in self.running:
+            own = sequence.draft.own if sequence.draft else None
+            if own is not None:
+                lent[own.model] = lent.get(own.model, 0) + len(own.blocks)
+        return lent
+
+    def _reclaim(self, short: Iterable[str], keep: Sequence | None = None) -> bool:
+        """Take back the blocks of one drafter in a pool that is short, the youngest one's first, but not `keep`'s."""
         models = set(short)
         for each in sorted(self.running, key=lambda s: s.order, reverse=True):
             own = each.draft.own if each.draft else None
-            if own is not None and own.blocks and own.model in models and not (each.draft and each.draft.planned):
+            if each is keep or own is None or not own.blocks or own.model not in models:
+                continue
+            if not (each.draft and each.draft.planned):
                 self._forget(own)
                 assert each.draft is not None
                 each.draft.paused_until = self.tick + PAUSE
