@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -195,17 +195,16 @@ def _logit(p: float) -> float:
 class Check:
     """Rows of z that belong to one sequence, from `start` on: row i follows its first i drafts.
 
-    scores: [k] the judge head's logits at the drafts' own positions, if its rule asks for them.
+    scores: [k] the judge head's logits at the drafts' own positions, if its rule asks for them. drafts: the k tokens.
     """
 
     sequence: Sequence
     start: int
     scores: torch.Tensor | None = None
+    drafts: tuple[int, ...] = field(init=False)
 
-    @property
-    def drafts(self) -> tuple[int, ...]:
-        """The drafted tokens."""
-        return tuple(self.sequence.draft.tokens) if self.sequence.draft else ()
+    def __post_init__(self) -> None:
+        self.drafts = tuple(self.sequence.draft.tokens) if self.sequence.draft else ()
 
     @property
     def rule(self) -> Rule:
@@ -234,7 +233,7 @@ def verify(z: torch.Tensor, checks: Seq[Check], generator: torch.Generator) -> l
         if processes(at):
             process(z[row], at)
     best, tokens = z.max(dim=1)  # first of equal maxima: the lower id
-    choice, alive = tokens.tolist(), torch.isfinite(best).tolist()
+    choice, alive = tokens.tolist(), [math.isfinite(value) for value in best.tolist()]
     weighed = {row for c in checks if c.weighs for row in _rows(c)}
     drawing = [
         row for row, at in enumerate(places) if at.sampling.temperature > 0 and alive[row] and row not in weighed
@@ -294,10 +293,7 @@ def _decide(
         mine = [(i, c) for i, c in enumerate(checks) if c.drafts and c.rule.name == name]
         if not mine:
             continue
-        evidence = _evidence(rule, mine, z, places, choice, probs, place, unfiltered, generator)
-        allowed = torch.cat([_picked(z, c) for _, c in mine]) > -torch.inf
-        verdict = (rule.accept(evidence) & allowed).tolist()
-        exact = (evidence.exact & allowed).tolist()
+        verdict, exact = _verdicts(rule, mine, z, places, choice, alive, probs, place, unfiltered, generator)
         end = 0
         for i, check in mine:
             begin, end = end, end + len(check.drafts)
@@ -322,6 +318,27 @@ def _decide(
             drawn = pick(torch.stack([w for _, w in group]), [places[row] for row in rows], generator, lane)
             for row, token in zip(rows, drawn, strict=True):
                 choice[row] = token
+
+
+def _verdicts(
+    rule: Rule,
+    mine: Seq[tuple[int, Check]],
+    z: torch.Tensor,
+    places: Seq[Position],
+    choice: Seq[int],
+    alive: Seq[bool],
+    probs: torch.Tensor,
+    place: Mapping[int, int],
+    unfiltered: Mapping[int, torch.Tensor],
+    generator: torch.Generator,
+) -> tuple[list[bool], list[bool]]:
+    """For each drafted row of `mine`: whether the draft is accepted, and whether the exact rule accepts it."""
+    if rule.lossless and not any(c.weighs for _, c in mine):
+        agree = [alive[row] and choice[row] == x for _, c in mine for row, x in zip(_rows(c), c.drafts)]
+        return agree, agree
+    evidence = _evidence(rule, mine, z, places, choice, probs, place, unfiltered, generator)
+    allowed = torch.cat([_picked(z, c) for _, c in mine]) > -torch.inf
+    return (rule.accept(evidence) & allowed).tolist(), (evidence.exact & allowed).tolist()
 
 
 def _closing(check: Check, count: int, probs: torch.Tensor, cut: torch.Tensor, at: int) -> tuple[torch.Tensor, Lane]:

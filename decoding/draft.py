@@ -96,7 +96,8 @@ def _check_model(program: Program, draft: str, prompts: Sequence[Sequence[int]],
         _refuse("draft", f"'{draft}' is the model whose tokens are to be drafted; name a smaller one.")
     if _size(draft, catalog) > _size(main, catalog):
         _refuse("draft", f"'{draft}' is larger than '{main}': drafts would cost more than they save.")
-    roles = {term.role.model for term in program.policy.terms[1:]}
+    solved = program.policy.solver is not None
+    roles = {term.role.model for term in program.policy.terms[1:] if solved or term.weight != 0.0}
     reason = _reason(main, draft, () if draft in roles else prompts[0], catalog)
     if reason is not None:
         _refuse("draft", reason)

@@ -148,8 +148,7 @@ class Engine:
     def step(self) -> list[Event]:
         """One tick. Returns what happened, in order."""
         self.scheduler.admit()
-        self._pace.assign(self.scheduler.running)
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(drafts=self._pace.assign(self.scheduler.running))
         self._proposer.propose(plan)
         rows = self._forward(plan)
         decision = self._decide(plan, rows) if plan.samples else Decision()
@@ -364,7 +363,12 @@ class Engine:
             self._fail_empty(Position(sequence, tuple(each.token for each in drawn if each.token is not None)))
             return None
         drafted = len(sequence.draft.tokens) if sequence.draft else 0
-        delta = append(sequence, drawn, weights)
+        try:
+            delta = append(sequence, drawn, weights)
+        except Exception as error:  # of a constraint, which is not ours
+            logger.exception("request %s: a token could not be appended", group.request.id)
+            self._fail(group, f"The request's constraint failed: {type(error).__name__}.")
+            return None
         if sequence.draft:
             for token in delta.token_ids:
                 self._tell_drafter(sequence.draft, token)

@@ -96,41 +96,44 @@ class Pair:
 
 
 class Pace:
-    """Sets `wanted` and `worth` of every draft before a tick, and learns from what was accepted."""
+    """Sets `level`, `wanted` and `worth` of every draft before a tick, and learns from what was accepted."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._pairs: dict[tuple[str, str, str], Pair] = {}
         self._held = 0
-        self._members: list[int] = []
+        self._members: list[tuple[int, int]] = []
         self._resting: list[tuple[Pair, Draft]] = []
 
-    def assign(self, running: Sequence[Hypothesis]) -> None:
-        """How many tokens each sequence should draft next."""
+    def assign(self, running: Sequence[Hypothesis]) -> bool:
+        """How many tokens each sequence should draft next; whether any is to draft at all."""
         adaptive: list[Hypothesis] = []
-        lookups: list[Draft] = []
         for sequence in running:
             draft = sequence.draft
             if draft is None:
                 continue
             if draft.broken:
-                draft.wanted = 0
+                draft.level = 0
             elif draft.spec.tokens == "auto":
                 adaptive.append(sequence)
             else:
-                draft.wanted = draft.spec.tokens
-            if draft.lookup is not None:
-                lookups.append(draft)
+                draft.level = draft.spec.tokens
         if adaptive:
             self._held -= 1
-            members = [id(sequence) for sequence in running]
+            members = [(sequence.group.serial, sequence.index) for sequence in running]
             if self._held < 0 or members != self._members:
                 self._held, self._members = HOLD, members
                 self._adapt(adaptive, running)
             self._try_again()
-        for draft in lookups:
-            if draft.wanted:
-                draft.wanted = min(draft.wanted, len(draft.lookup.propose(draft.wanted)) if draft.lookup else 0)
+        some = False
+        for sequence in running:
+            draft = sequence.draft
+            if draft is not None:
+                draft.wanted = draft.level
+                if draft.wanted and draft.lookup is not None:
+                    draft.wanted = len(draft.lookup.propose(draft.level))
+                some = some or draft.wanted > 0
+        return some
 
     def chance(self, sequence: Hypothesis, confidence: float) -> float:
         """How likely a draft of `sequence` passes that its drafter gave this probability."""
@@ -206,10 +209,10 @@ class Pace:
             draft = sequence.draft
             assert draft is not None
             length = min(best, reach[id(sequence)])
-            draft.wanted = length if draft.lookup else min(MAX_TOKENS, STRETCH * length)
+            draft.level = length if draft.lookup else min(MAX_TOKENS, STRETCH * length)
             draft.worth = worth
             if draft.probing:
-                draft.wanted, draft.worth = max(draft.wanted, PROBE), []
+                draft.level, draft.worth = max(draft.level, PROBE), []
         self._rest(adaptive)
 
     def _rest(self, adaptive: Sequence[Hypothesis]) -> None:
@@ -223,7 +226,7 @@ class Pace:
                 members.setdefault(id(pair), []).append(sequence.draft)
         self._resting = []
         for key, drafts in members.items():
-            if any(draft.wanted for draft in drafts):
+            if any(draft.level for draft in drafts):
                 if not any(draft.probing for draft in drafts):
                     pairs[key].idle, pairs[key].patience = 0, PATIENCE
             else:
@@ -234,7 +237,7 @@ class Pace:
         for pair, draft in self._resting:
             pair.idle += 1
             if pair.idle >= pair.patience and not draft.broken:
-                draft.wanted, draft.worth, draft.probing = PROBE, [], True
+                draft.level, draft.worth, draft.probing = PROBE, [], True
                 pair.idle, pair.patience = 0, min(2 * pair.patience, MAX_PATIENCE)
 
     def _costs(self, decoding: Sequence[Hypothesis]) -> Callable[[int, Mapping[int, int]], float]:

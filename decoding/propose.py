@@ -8,6 +8,7 @@ after the request's own processors, evaluated with the drafted prefix.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -22,6 +23,25 @@ from decoding.sampling import Position, draw, hard_mask, kept, pick, process, pr
 from decoding.state import Draft, Group, Plan, Sequence
 
 logger = logging.getLogger("trimtab.engine")
+
+
+class _Lost:
+    """In place of a constraint whose state is unknown: whoever asks it fails."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def allowed(self, width: int) -> torch.Tensor:
+        """Raises."""
+        raise self._error
+
+    def advance(self, token: int) -> None:
+        """Raises."""
+        raise self._error
+
+    def rollback(self, count: int) -> None:
+        """Raises."""
+        raise self._error
 
 
 Forward = Callable[[str, list[SpanInput], set[Group]], Rows]
@@ -45,23 +65,22 @@ class Proposer:
         for sequence in plan.drafting:
             draft = sequence.draft
             assert draft is not None
-            try:
-                if sequence.constraint is not None:
+            if sequence.constraint is not None:
+                try:
                     draft.masks.append(sequence.constraint.allowed(sequence.group.width))
-                for token in draft.lookup.propose(draft.planned) if draft.lookup else ():
-                    if not self._take(sequence, token):
-                        break
-            except Exception:  # a constraint is the embedder's code: what it does to one request is that request's
-                logger.exception("request %s cannot draft", sequence.group.request.id)
-                self._give_up(sequence)
-                continue
+                except Exception:
+                    logger.exception("request %s cannot draft", sequence.group.request.id)
+                    self._give_up(sequence)
+                    continue
+            for token in draft.lookup.propose(draft.planned) if draft.lookup else ():
+                if not self._takes(sequence, token):
+                    break
             if draft.lookup is None:
                 active.append(sequence)
         while active:
             active = self._step(active)
         for sequence in plan.drafting:
-            if sequence.constraint is not None and sequence.draft and sequence.draft.tokens:
-                sequence.constraint.rollback(len(sequence.draft.tokens))
+            self._roll_back(sequence)
         plan.pack()
 
     def _step(self, active: list[Sequence]) -> list[Sequence]:
@@ -77,12 +96,28 @@ class Proposer:
             try:
                 left += self._draft(model, members)
             except Exception:
-                logger.exception("'%s' failed to draft; its requests go on without", model)
+                # Whose fault it is shows when each drafts alone; what the failed step has left behind is undone.
+                logger.exception("'%s' failed to draft for %d sequences", model, len(members))
                 for sequence in members:
-                    self._give_up(sequence)
+                    left += self._draft_alone(model, sequence)
                 continue
             self._clock.saw(("draft", model), len(members), time.perf_counter() - began)
         return left
+
+    def _draft_alone(self, model: str, sequence: Sequence) -> list[Sequence]:
+        """One more draft for one sequence; if that fails, it drafts no more."""
+        draft = self._record(sequence)
+        made = len(draft.tokens)
+        for record in (draft.probs, draft.logprobs, draft.confidence):
+            del record[made:]
+        if draft.broken or made >= draft.planned:
+            return []
+        try:
+            return self._draft(model, [sequence])
+        except Exception:
+            logger.exception("request %s drafts no more", sequence.group.request.id)
+            self._give_up(sequence)
+            return []
 
     def _draft(self, model: str, members: Seq[Sequence]) -> list[Sequence]:
         spans = []
@@ -95,19 +130,14 @@ class Proposer:
             ids = sequence.ids(draft.track, start, end)
             spans.append(SpanInput(ids, start, draft.track.blocks, [end - start - 1], draft.track.adapter))
         logits = self._forward(model, spans, {sequence.group for sequence in members}).logits  # [n, V]
-        width = max(s.group.width for s in members)
-        z = torch.full((len(members), width), -torch.inf, device=logits.device)
-        for row, sequence in enumerate(members):
-            own = min(sequence.group.width, logits.shape[1])
-            z[row, :own] = logits[row, :own]
-        z = z.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+        z = _rows(logits, [s.group.width for s in members])
         chosen = self._choose(z, members)
         left = []
         for row, (sequence, token) in enumerate(zip(members, chosen, strict=True)):
             draft = sequence.draft
             assert draft
             assert draft.track
-            if token is None or not self._take(sequence, token):
+            if token is None or not self._takes(sequence, token):
                 continue
             draft.track.num_computed = spans[row].start + len(spans[row].token_ids)
             if draft.role is not None:
@@ -134,7 +164,7 @@ class Proposer:
                 process(z[row], at)
         best, first = z.max(1)
         chosen: list[int | None] = [
-            token if ok else None for token, ok in zip(first.tolist(), torch.isfinite(best).tolist(), strict=True)
+            token if math.isfinite(value) else None for token, value in zip(first.tolist(), best.tolist(), strict=True)
         ]
         hot = [i for i, at in enumerate(places) if at.sampling.temperature > 0 and chosen[i] is not None]
         keyed = [i for i in hot if rules[i].keyed]
@@ -150,11 +180,14 @@ class Proposer:
                 self._record(members[i]).probs.append(probs[: members[i].group.width])
         adaptive = [i for i, s in enumerate(members) if self._record(s).spec.tokens == "auto" and chosen[i] is not None]
         if adaptive:
-            part = z if len(adaptive) == len(members) else z[adaptive]
-            ids = torch.tensor([chosen[i] for i in adaptive], device=z.device)[:, None]
-            own = (part.gather(1, ids)[:, 0] - torch.logsumexp(part, 1)).exp()
-            for i, confidence in zip(adaptive, own.tolist(), strict=True):
-                self._record(members[i]).confidence.append(confidence)
+            own = (
+                best
+                if not hot
+                else z.gather(1, torch.tensor([[token or 0] for token in chosen], device=z.device))[:, 0]
+            )
+            confidence = (own - torch.logsumexp(z, 1)).exp().tolist()
+            for i in adaptive:
+                self._record(members[i]).confidence.append(confidence[i])
         for i, lp in unfiltered.items():
             if chosen[i] is not None:
                 self._record(members[i]).logprobs.append(lp[: members[i].group.width])
@@ -163,6 +196,15 @@ class Proposer:
     def _record(self, sequence: Sequence) -> Draft:
         assert sequence.draft is not None
         return sequence.draft
+
+    def _takes(self, sequence: Sequence, token: int) -> bool:
+        """`_take`; a constraint that raises, which is the embedder's code, ends the drafts of its own request only."""
+        try:
+            return self._take(sequence, token)
+        except Exception:
+            logger.exception("request %s drafts no more", sequence.group.request.id)
+            self._give_up(sequence)
+            return False
 
     def _take(self, sequence: Sequence, token: int) -> bool:
         """Draft `token`, if the request's hard constraints allow it there."""
@@ -181,16 +223,40 @@ class Proposer:
         draft.masks.append(sequence.constraint.allowed(width))
         return True
 
+    def _roll_back(self, sequence: Sequence) -> None:
+        """The constraint is where the output ends again. One that cannot do that ends its request when it is asked."""
+        draft = self._record(sequence)
+        if sequence.constraint is None or not draft.tokens:
+            return
+        try:
+            sequence.constraint.rollback(len(draft.tokens))
+        except Exception as error:
+            logger.exception("request %s: its constraint does not roll back", sequence.group.request.id)
+            sequence.constraint = _Lost(error)
+            draft.masks.clear()
+
     def _give_up(self, sequence: Sequence) -> None:
         """Nothing is drafted in this tick, nor later: a drafter that failed once is not asked again."""
         draft = self._record(sequence)
-        if sequence.constraint is not None and draft.tokens:
-            sequence.constraint.rollback(len(draft.tokens))
+        self._roll_back(sequence)
         planned = draft.planned
         draft.clear()
         draft.planned, draft.broken = planned, True
         if draft.track is not None:
             draft.track.num_computed = min(draft.track.num_computed, sequence.known(draft.track) - 1)
+
+
+def _rows(logits: torch.Tensor, widths: Seq[int]) -> torch.Tensor:
+    """The drafter's rows [n, W] fp32 as the mixes see them: -inf beyond a mix's width and the drafter's own."""
+    width = max(widths)
+    if min(widths) == width <= logits.shape[1]:
+        z = logits[:, :width].to(torch.float32, copy=True)
+    else:
+        z = torch.full((len(widths), width), -torch.inf, device=logits.device)
+        for row, own in enumerate(widths):
+            own = min(own, logits.shape[1])
+            z[row, :own] = logits[row, :own]
+    return z.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
 
 
 def _rule(sequence: Sequence) -> Rule:

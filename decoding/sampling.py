@@ -106,7 +106,8 @@ def hard_mask(at: Position, width: int, device: torch.device) -> torch.Tensor | 
         made = at.sequence.draft.masks if at.sequence.draft else []
         if len(at.drafted) < len(made):  # the constraint itself has been rolled back to the output
             mask &= made[len(at.drafted)][:width].to(device)
-        elif not at.drafted:
+        else:
+            assert not at.drafted, "every drafted token has its mask"
             mask &= at.sequence.constraint.allowed(width).to(device)
     return mask
 

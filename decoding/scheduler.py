@@ -74,7 +74,7 @@ class Scheduler:
             partial = starts[id(track)] % self.pools[track.model].block_size != 0
             needs[track.model] = needs.get(track.model, 0) + partial
         while short := [model for model, need in needs.items() if self.pools[model].available < need]:
-            if not self._reclaim(short):
+            if not self._reclaim(short, keep=root):
                 break
         if short or len(self.running) >= self.config.max_num_seqs:
             self.add(child)
@@ -104,8 +104,11 @@ class Scheduler:
 
     # -- a tick -------------------------------------------------------------------------------------------------
 
-    def plan(self) -> Plan:
-        """The spans and rows of the next tick. Allocates their blocks, preempting where memory is short."""
+    def plan(self, drafts: bool = True) -> Plan:
+        """The spans and rows of the next tick. Allocates their blocks, preempting where memory is short.
+
+        drafts: whether any sequence wants to draft.
+        """
         self.tick += 1
         plan = Plan(tokens=float(self.config.max_num_batched_tokens), rows=self.config.max_logit_rows)
         ready: list[Sequence] = []
@@ -120,6 +123,8 @@ class Scheduler:
         for sequence in sorted(behind, key=lambda s: s.order):
             if sequence.running:
                 self._schedule(sequence, plan)
+        if not drafts:
+            return plan
         for sample in plan.samples:  # drafts take what is left when everyone has got what they need
             self._extend(sample, plan)
         for sequence in self.running:
@@ -134,18 +139,19 @@ class Scheduler:
         """
         for spans in plan.spans.values():
             for span in spans:
+                draft = span.sequence.draft
+                if draft is not None and draft.broken and span.track is draft.own:
+                    continue  # it was retired meanwhile: its blocks are gone
                 span.track.num_computed = span.start + span.count
                 self._settle(span.sequence, span.track)
-        for sequence in self.running:
+        for sequence in plan.drafting:
             draft = sequence.draft
-            if draft is None:
-                continue
+            assert draft is not None
             if draft.broken:
                 self.retire(draft)
-            elif draft.own and draft.planned:
+            elif draft.own:
                 self._settle(sequence, draft.own)
-            if draft.planned:
-                draft.clear()
+            draft.clear()
 
     def _settle(self, sequence: Sequence, track: Track) -> None:
         if not sequence.running:
@@ -193,7 +199,9 @@ class Scheduler:
             for model, blocks in self._missing(sequence):
                 wanted[model] += blocks
             short = [model for model, pool in self.pools.items() if wanted[model] > pool.available]
-            if short and self._reclaim(short):
+            lent = self._lent() if short else {}
+            enough = all(wanted[model] <= self.pools[model].available + lent.get(model, 0) for model in short)
+            if short and enough and self._reclaim(short):
                 continue
             if short and self.running:
                 return
@@ -306,8 +314,6 @@ class Scheduler:
 
     def _feed(self, sequence: Sequence, draft: Draft, track: Track, plan: Plan) -> None:
         """A drafter that has fallen behind, or joins late, catches up with what budget and memory are left."""
-        if not draft.wanted and not track.blocks:
-            return
         pool, known = self.pools[track.model], sequence.known(track)
         if known >= self.limits[track.model] or pool.blocks_for(known) > pool.num_blocks:
             self.retire(draft)
@@ -330,12 +336,23 @@ class Scheduler:
         if draft.own is not None:
             self._forget(draft.own)
 
-    def _reclaim(self, short: Iterable[str]) -> bool:
-        """Take back the blocks of one drafter in a pool that is short, the youngest one's first."""
+    def _lent(self) -> dict[str, int]:
+        """Blocks that drafters hold, at most; of each pool."""
+        lent: dict[str, int] = {}
+        for sequence in self.running:
+            own = sequence.draft.own if sequence.draft else None
+            if own is not None:
+                lent[own.model] = lent.get(own.model, 0) + len(own.blocks)
+        return lent
+
+    def _reclaim(self, short: Iterable[str], keep: Sequence | None = None) -> bool:
+        """Take back the blocks of one drafter in a pool that is short, the youngest one's first, but not `keep`'s."""
         models = set(short)
         for each in sorted(self.running, key=lambda s: s.order, reverse=True):
             own = each.draft.own if each.draft else None
-            if own is not None and own.blocks and own.model in models and not (each.draft and each.draft.planned):
+            if each is keep or own is None or not own.blocks or own.model not in models:
+                continue
+            if not (each.draft and each.draft.planned):
                 self._forget(own)
                 assert each.draft is not None
                 each.draft.paused_until = self.tick + PAUSE

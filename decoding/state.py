@@ -42,7 +42,8 @@ class Draft:
     track: the drafter's, None for a lookup. role: the index of the policy's track that it is, None for one of its own.
     confidence: the drafter's own probability of each draft. worth: the chance of passing, that of its forerunners
     included, which pays for the n-th draft.
-    wanted: drafts that the pace asks for next; planned: those that this tick's budgets and memory have room for.
+    level: drafts a tick as the pace has decided; wanted: those that are asked for in this one; planned: those that its
+    budgets and memory have room for.
     probs: each draft's distribution [W] that it was drawn from, empty where drafts are certain (greedy, lookups).
     bonus: whether a token of the policy follows drafts that were all accepted. broken: its model failed to draft.
     logprobs: the drafter's log-probs [W] at T = 1, of rules that compare models. rows: a role's own logits [V], which
@@ -54,6 +55,7 @@ class Draft:
     role: int | None = None
     lookup: Lookup | None = None
     bonus: bool = True
+    level: int = 0
     wanted: int = 0
     worth: Seq[float] = ()
     planned: int = 0

@@ -69,11 +69,18 @@ class Admin:
             inside = folder.is_relative_to(self.root)
             # What is outside is not looked at: the answer would tell what exists there.
             files = list(folder.rglob("*")) if inside and folder.is_dir() else []
-            inside = inside and all(file.resolve().is_relative_to(self.root) for file in files)
+            # Links to directories are not followed, by anyone who reads the files: there is nothing behind them.
+            inside = inside and all(
+                file.resolve().is_relative_to(self.root) and not (file.is_symlink() and file.is_dir()) for file in files
+            )
         except (OSError, ValueError, RuntimeError) as error:  # a name too long, a null byte, a loop of links
             raise BadRequest("path is no path of a directory.", "path") from error
         if not inside:
-            raise BadRequest("path must lie under the server's --admin-root, with all that its links lead to.", "path")
+            raise BadRequest(
+                "path must lie under the server's --admin-root, with all that its links lead to, and hold no links to "
+                "directories.",
+                "path",
+            )
         return folder
 
 

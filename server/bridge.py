@@ -283,7 +283,8 @@ class Bridge:
         logger.critical("the engine's process has ended")
         self._fail_all("The engine has stopped.", kind="EngineFailure")
         for ticket, change in self._changes.items():
-            change.set_result(Changed(ticket, self.models, "EngineFailure", "The engine has stopped."))
+            if not change.done():
+                change.set_result(Changed(ticket, self.models, "EngineFailure", "The engine has stopped."))
 
     def _fail_all(self, message: str, kind: Any) -> None:
         for channel in set(self._channels.values()):

@@ -27,7 +27,7 @@ class Document:
 class Rows:
     """Packed training rows."""
 
-    ids: npt.NDArray[np.uint16]  # [rows, length]
+    ids: npt.NDArray[np.uint32]  # [rows, length]
     targets: npt.NDArray[np.bool_]  # [rows, length], true where the loss counts the token
 
     def __post_init__(self) -> None:
@@ -58,9 +58,9 @@ def pack(documents: Iterable[Document], rows: int, length: int, end: int) -> Row
     crosses the end of a row is cut there and its rest dropped. Too few documents leave end tokens that are no targets.
 
     Raises:
-        ValueError: an id does not fit 16 bits, or there is no document at all.
+        ValueError: there is no document at all.
     """
-    ids = np.full((rows, length), end, dtype=np.uint16)
+    ids = np.full((rows, length), end, dtype=np.uint32)
     targets = np.zeros((rows, length), dtype=np.bool_)
     stream = iter(documents)
     for row in range(rows):
@@ -77,15 +77,13 @@ def join(parts: Sequence[Rows]) -> Rows:
     return Rows(np.concatenate([part.ids for part in parts]), np.concatenate([part.targets for part in parts]))
 
 
-def _fill(stream: Iterator[Document], ids: npt.NDArray[np.uint16], targets: npt.NDArray[np.bool_], end: int) -> int:
+def _fill(stream: Iterator[Document], ids: npt.NDArray[np.uint32], targets: npt.NDArray[np.bool_], end: int) -> int:
     """Fill one row in place; how many of its tokens were used."""
     used, length = 0, len(ids)
     while used < length:
         document = next(stream, None)
         if document is None:
             break
-        if document.ids and max(document.ids) > np.iinfo(np.uint16).max:
-            raise ValueError("token ids above 65535 do not fit the packed rows; use a smaller vocabulary")
         counted = document.targets if document.targets is not None else (True,) * len(document.ids)
         take = min(len(document.ids) + 1, length - used)
         ids[used : used + take] = (*document.ids, end)[:take]

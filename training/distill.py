@@ -99,10 +99,31 @@ def _material(data: str, job: Job, held_out: float) -> Material:
     if not path.is_file():
         raise ValueError(f"--data {data} is no file; give JSON lines, or the word {DEMO}")
     prompts, texts = read_prompts(path, tokenizer)
-    prompts = prompts or [ids[: max(1, len(ids) // 2)] for ids in texts]
-    prompts = [ids for ids in prompts if 0 < len(ids) < job.length]  # what does not fit a row has no response in it
-    apart, kept = (max(1, round(len(items) * held_out)) if items else 0 for items in (prompts, texts))
+    kept = _apart(texts, held_out)
+    if not prompts:  # halves of the texts then, each on its text's side of the split
+        return Material(
+            _fitting(_halves(texts[kept:]), job.length),
+            texts[kept:],
+            _fitting(_halves(texts[:kept]), job.length),
+            _short(texts[:kept], job.length),
+        )
+    prompts = _fitting(prompts, job.length)
+    apart = _apart(prompts, held_out)
     return Material(prompts[apart:], texts[kept:], prompts[:apart], _short(texts[:kept], job.length))
+
+
+def _apart(items: list[Ids], share: float) -> int:
+    """How many are held out: one at least, to have something to measure on."""
+    return max(1, round(len(items) * share)) if items else 0
+
+
+def _halves(texts: list[Ids]) -> list[Ids]:
+    return [ids[: max(1, len(ids) // 2)] for ids in texts]
+
+
+def _fitting(prompts: list[Ids], length: int) -> list[Ids]:
+    """What does not fit a row has no response in it."""
+    return [ids for ids in prompts if 0 < len(ids) < length]
 
 
 def _short(texts: list[Ids], length: int) -> list[Ids]:

@@ -217,3 +217,14 @@ def test_bytes_per_block_count_every_layer() -> None:
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in runner.layers)
     assert held == 5 * runner.kv_bytes_per_block(4)
     runner.close()
+
+
+def test_a_forward_may_want_no_rows_at_all() -> None:
+    """A prefill chunk alone, in the dtype that models are served in: nothing goes through the head."""
+    runner = Runner(tiny_model("llama").to(torch.bfloat16), "m", compile=False)
+    runner.allocate(8, BLOCK)
+    rows = runner.forward([SpanInput([1] * 20, 0, [0, 1, 2, 3, 4], [])], want_hidden=True)
+    assert rows.logits.shape == (0, runner.width)
+    again = runner.forward([SpanInput([1], 20, [0, 1, 2, 3, 4, 5], [0])])
+    assert bool(torch.isfinite(again.logits).all())
+    runner.close()

@@ -15,7 +15,10 @@ from decoding.draft import settle_speculation
 from decoding.engine import Engine
 from decoding.events import Delta, Done, Event, Failed
 from decoding.judge import JudgeHead
+from decoding.lookup import Lookup, Source
+from decoding.pace import Clock, Pace
 from decoding.prepare import Entry, prepare
+from decoding.state import Draft
 from decoding.text import TextModel
 from tests.decoding.test_accept import sequence
 from tests.decoding.test_speculation import Brackets
@@ -269,27 +272,95 @@ def test_a_prediction_is_no_longer_than_the_context() -> None:
 
 
 class Faulty(Brackets):
-    """A constraint that raises when it has been asked a few times."""
+    """A constraint one of whose methods raises when it has been called a few times."""
 
-    def __init__(self) -> None:
+    def __init__(self, method: str, after: int) -> None:
         super().__init__()
-        self.asked = 0
+        self.method, self.left = method, after
+
+    def _count(self, method: str) -> None:
+        self.left -= method == self.method
+        if self.left < 0:
+            raise RuntimeError("broken on purpose")
 
     def allowed(self, width: int) -> torch.Tensor:
-        self.asked += 1
-        if self.asked == 5:
-            raise RuntimeError("broken on purpose")
+        self._count("allowed")
         return super().allowed(width)
 
+    def advance(self, token: int) -> None:
+        self._count("advance")
+        super().advance(token)
 
-def test_a_constraint_that_raises_while_drafting_harms_nobody_else() -> None:
+    def rollback(self, count: int) -> None:
+        self._count("rollback")
+        super().rollback(count)
+
+
+@pytest.mark.parametrize("method", ["allowed", "advance", "rollback"])
+@pytest.mark.parametrize("after", [0, 1, 4, 9])
+@pytest.mark.parametrize("draft", ["ngram", "d"])
+def test_a_constraint_that_raises_harms_nobody_else(draft: str, method: str, after: int) -> None:
     served = engine()
-    bad = replace(asking(served, "(ab)(ab)(ab", Speculation("ngram", 6)), constraint=Faulty)
+    spec = Speculation(draft, 4)
+    bad = replace(asking(served, "(ab)(ab)(ab", spec), constraint=lambda: Faulty(method, after))
     good = asking(served, "cd", DRAFT)
-    served.submit(bad)
-    served.submit(good)
-    _, seen = until_done(served, good.id)
-    assert good.id not in [event.request_id for event in seen if isinstance(event, Failed)]
+    for request in (bad, good):
+        served.submit(request)
+    seen: list[Event] = []
+    while served.has_work():
+        seen += served.step()
+        served.check()
+    assert good.id in [event.request_id for event in seen if isinstance(event, Done)]
+    drafted = next(event.usage.drafted for event in seen if isinstance(event, Done) and event.request_id == good.id)
+    assert drafted > 8, "the other one's drafter goes on"
+
+
+def test_a_drafter_that_lacks_a_token_is_retired_in_mid_prefill() -> None:
+    """The first token is one that the drafter has no row for, in the tick in which it catches up with the prompt."""
+    text = {"base": TextModel("base", byte_tokenizer(2)), "d": TextModel("d", byte_tokenizer())}
+    models = {"base": Embedding("base", random_table(0, width=259), 1), "d": Embedding("d", random_table(1, 50), 1)}
+    served = Engine({n: Hosted(m, text[n], 4000) for n, m in models.items()}, EngineConfig(block_size=4))
+    request = asking(served, "x" * 60, DRAFT, allowed_token_ids=(258,), max_tokens=3)
+    served.submit(request)
+    _, seen = until_done(served, request.id)
+    assert text_of(seen, request) == [258] * 3
+    assert served.pools["d"].used == 0
+
+
+def test_a_fork_does_not_take_the_memory_that_it_copies() -> None:
+    """n = 2 where the drafter's pool has no block left: the sibling catches up by itself."""
+    models = {n: Embedding(n, random_table(i), 1, 4096) for i, n in enumerate(("base", "d"))}
+    for blocks in range(9, 16):
+        text = byte_tokenizer()
+        memory = {"base": 4000, "d": blocks * 4}
+        hosted = {n: Hosted(m, TextModel(n, text), memory[n]) for n, m in models.items()}
+        served = Engine(hosted, EngineConfig(block_size=4))
+        request = replace(asking(served, "q" * 42, DRAFT, max_tokens=12), n=2)
+        served.submit(request)
+        _, seen = until_done(served, request.id)
+        answers = [[], []]  # type: list[list[int]]
+        for event in seen:
+            if isinstance(event, Delta):
+                answers[event.index] += event.token_ids
+        assert answers[0] == answers[1]
+        assert len(answers[0]) == 12
+
+
+def test_lookups_draft_again_as_soon_as_something_matches() -> None:
+    """A tick without a match says nothing about the next one."""
+    pace = Pace(Clock())
+    member = sequence(GREEDY, Speculation("ngram"))
+    member.running = True
+    member.draft = Draft(Speculation("ngram", accept="rejection"), lookup=Lookup((), Source(()), 3))
+    wanted = []
+    for token in (1, 2, 3, 1, 2, 3, 1):
+        wanted.append(pace.assign([member]))
+        assert member.draft.lookup is not None
+        member.draft.lookup.push(token)
+        member.output.append(token)
+        member.next_row = len(member.output) - 1
+    wanted.append(pace.assign([member]))
+    assert wanted == [False] * 4 + [True] * 4
 
 
 def test_a_row_that_allows_nothing_ends_a_draft() -> None:

@@ -32,8 +32,10 @@ def test_it_stops_when_the_documents_do() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="no documents"):
         pack([], rows=1, length=4, end=END)
-    with pytest.raises(ValueError, match="65535"):
-        pack([Document((70_000,))], rows=1, length=4, end=END)
+
+
+def test_large_vocabularies_fit() -> None:
+    assert pack([Document((200_000,))], rows=1, length=2, end=END).ids.tolist() == [[200_000, END]]
 
 
 def test_save_and_load(tmp_path: Path) -> None:
