@@ -330,7 +330,7 @@ def test_a_drafter_that_lacks_a_token_is_retired_in_mid_prefill() -> None:
 def test_a_fork_does_not_take_the_memory_that_it_copies() -> None:
     """n = 2 where the drafter's pool has no block left: the sibling catches up by itself."""
     models = {n: Embedding(n, random_table(i), 1, 4096) for i, n in enumerate(("base", "d"))}
-    for blocks in range(9, 16):
+    for blocks in range(11, 18):
         text = byte_tokenizer()
         memory = {"base": 4000, "d": blocks * 4}
         hosted = {n: Hosted(m, TextModel(n, text), memory[n]) for n, m in models.items()}
