@@ -5,7 +5,7 @@
 
 Two pairs: the embedded `base` with its drafter, and the same base with MLPs widened by units whose output weights are
 zero, so that it writes the same text at the cost of ~300M parameters. Greedy, EOS is a token like any other, bf16, one
-stream unless a row says otherwise. Sides are interleaved round by round; medians of seconds a token are compared.
+stream unless a row says otherwise. Sides are interleaved round by round; medians of the rounds' ratios are compared.
 
 Every model is compiled, as one of the size of a real drafter would be (`--compile-from 0`).
 
@@ -207,33 +207,41 @@ def sides_of(args: argparse.Namespace, target: Path, paths: dict[str, Path]) -> 
     }
 
 
-def ratios(engine: Engine, sides: dict[str, Side], k: int) -> dict[str, float]:
-    """What the sides say of each other."""
-    time_of = {name: side.median for name, side in sides.items()}
-    fixed = sides[f"drafter, {k}"].speculation()
+def costs(engine: Engine, k: int) -> tuple[float, float, float]:
+    """Seconds of a forward of one token, of one of k + 1, and of a draft step that follows it."""
     (one,) = forward_seconds(engine, [("base", 1)])
     more, *steps = forward_seconds(engine, [("base", k + 1), *[("drafter", 1)] * k])
-    predicted = fixed["tokens_per_pass"] * one / (sum(steps) + more)
-    realised = time_of["plain"] / time_of[f"drafter, {k}"]
+    return one, more, statistics.mean(steps)
+
+
+def ratios(sides: dict[str, Side], seen: Sequence[tuple[float, float, float]], k: int) -> dict[str, float]:
+    """What the sides say of each other: medians of the rounds' own ratios; `seen` are the rounds' costs."""
+
+    def over(slower: str, faster: str) -> float:
+        pairs = zip(sides[slower].seconds, sides[faster].seconds, strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    drafts, assisted = f"drafter, {k}", "generate, assisted"
+    tau = sides[drafts].speculation()["tokens_per_pass"]
+    predicted = [tau * one / (k * step + more) for one, more, step in seen]
+    realised = [a / b for a, b in zip(sides["plain"].seconds, sides[drafts].seconds, strict=True)]
     return {
-        "drafts over plain decode, realised": realised,
-        "drafts over plain decode, predicted": predicted,
-        "realised over predicted": realised / predicted,
-        "auto over plain decode": time_of["plain"] / time_of["drafter, auto"],
-        "drafts over generate, assisted": time_of["generate, assisted"] / time_of[f"drafter, {k}"],
-        "auto over generate, assisted": time_of["generate, assisted"] / time_of["drafter, auto"],
-        "plain over generate": time_of["generate"] / time_of["plain"],
-        "assisted over generate": time_of["generate"] / time_of["generate, assisted"],
-        "random drafter, auto: time over plain": time_of["random drafter, auto"] / time_of["plain"],
-        "16 streams, auto: time over plain": time_of["16 streams, drafter, auto"] / time_of["16 streams, plain"],
-        "16 streams, random, auto: time over plain": (
-            time_of["16 streams, random drafter, auto"] / time_of["16 streams, plain"]
-        ),
-        "speculative proxy over proxy": time_of["proxy"] / time_of[f"proxy, expert drafts {k}"],
-        "speculative proxy over the base's plain decode": time_of["plain"] / time_of[f"proxy, expert drafts {k}"],
-        "forward of 1, ms": 1e3 * one,
-        f"forward of {k + 1}, ms": 1e3 * more,
-        "draft step, ms": 1e3 * statistics.mean(steps),
+        "drafts over plain decode, realised": statistics.median(realised),
+        "drafts over plain decode, predicted": statistics.median(predicted),
+        "realised over predicted": statistics.median(a / b for a, b in zip(realised, predicted, strict=True)),
+        "auto over plain decode": over("plain", "drafter, auto"),
+        "drafts over generate, assisted": over(assisted, drafts),
+        "auto over generate, assisted": over(assisted, "drafter, auto"),
+        "plain over generate": over("generate", "plain"),
+        "assisted over generate": over("generate", assisted),
+        "random drafter, auto: time over plain": over("random drafter, auto", "plain"),
+        "16 streams, auto: time over plain": over("16 streams, drafter, auto", "16 streams, plain"),
+        "16 streams, random, auto: time over plain": over("16 streams, random drafter, auto", "16 streams, plain"),
+        "speculative proxy over proxy": over("proxy", "proxy, expert drafts auto"),
+        "speculative proxy over the base's plain decode": over("plain", "proxy, expert drafts auto"),
+        "forward of 1, ms": 1e3 * statistics.median(one for one, _, _ in seen),
+        f"forward of {k + 1}, ms": 1e3 * statistics.median(more for _, more, _ in seen),
+        "draft step, ms": 1e3 * statistics.median(step for _, _, step in seen),
     }
 
 
@@ -265,10 +273,13 @@ def main() -> None:
             engine, sides = sides_of(args, target, paths)
             for side in sides.values():
                 side.run(side)
+            seen: list[tuple[float, float, float]] = []
             for _ in track(range(args.rounds), description=f"{pair}: rounds", transient=True):
-                for side in sides.values():
+                for name, side in sides.items():
                     side.seconds.append(side.run(side))
-            found = ratios(engine, sides, args.tokens)
+                    if name == "plain":
+                        seen.append(costs(engine, args.tokens))
+            found = ratios(sides, seen, args.tokens)
             drafts = {name: side.speculation() for name, side in sides.items() if side.usages}
             result[pair] = {
                 "ms_per_token": {name: 1e3 * side.median for name, side in sides.items()},

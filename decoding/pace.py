@@ -12,7 +12,7 @@ cost. That decision looks at drafted tokens only, never at what the policy will 
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -241,29 +241,35 @@ class Pace:
                 pair.idle, pair.patience = 0, min(2 * pair.patience, MAX_PATIENCE)
 
     def _costs(self, decoding: Sequence[Hypothesis]) -> Callable[[int, Mapping[int, int]], float]:
-        """Seconds of a tick whose adaptive sequences draft up to a level."""
+        """Seconds of a tick whose adaptive sequences draft up to a level, each as far as its reach."""
         clock = self._clock
 
         def seconds(level: int, reach: Mapping[int, int]) -> float:
-            tokens: dict[str, int] = {}
+            # Sequences that cost the same are counted together: most batches are of few kinds.
+            kinds = Counter(
+                (tuple(track.model for track in s.tracks), _drafter(s), min(level, reach.get(id(s), 0)))
+                for s in decoding
+            )
+            tokens: Counter[str] = Counter()
+            steps: Counter[tuple[str, int]] = Counter()
             rows = 0
-            steps: dict[tuple[str, int], int] = {}
-            for sequence in decoding:
-                mine = min(level, reach.get(id(sequence), 0))
-                draft = sequence.draft
-                role = draft.role if draft and mine else None
-                rows += mine + 1
-                for j, track in enumerate(sequence.tracks):
-                    tokens[track.model] = tokens.get(track.model, 0) + (1 if j == role else mine + 1)
-                if draft and draft.track:
-                    for step in range(mine):
-                        key = (draft.track.model, step)
-                        steps[key] = steps.get(key, 0) + 1
+            for (models, (role, drafter), mine), count in kinds.items():
+                rows += (mine + 1) * count
+                for j, model in enumerate(models):
+                    tokens[model] += (1 if j == role and mine else mine + 1) * count
+                if drafter is not None:
+                    steps.update({(drafter, step): count for step in range(mine)})
             spent = sum(clock.estimate(("draft", model), count) for (model, _), count in steps.items())
             spent += sum(clock.estimate(("forward", model), count) for model, count in tokens.items())
             return spent + clock.estimate("decide", rows)
 
         return seconds
+
+
+def _drafter(sequence: Hypothesis) -> tuple[int | None, str | None]:
+    """The track that drafts, if it is a role's, and the model that does."""
+    draft = sequence.draft
+    return (None, None) if draft is None else (draft.role, draft.track.model if draft.track else None)
 
 
 def _expected(acceptance: float, count: int) -> float:
