@@ -30,6 +30,7 @@ REACH = 0.1  # a draft that is reached less often than this is not worth its row
 STRETCH = 3  # drafts that end by confidence may be this many times as long as the best even length
 BUCKETS = 10  # of confidence
 HOLD = 16  # ticks for which a decision stands, unless the batch changes
+IDLE_HOLD = 64  # the same where nothing is drafted: trials bring news
 GAIN = 1.02  # drafting must promise at least this much: estimates are not that good
 PROBE = 2  # drafts of a trial
 PATIENCE = 32  # ticks after which a pair that did not pay is tried again; doubles up to MAX_PATIENCE
@@ -122,8 +123,8 @@ class Pace:
             self._held -= 1
             members = [(sequence.group.serial, sequence.index) for sequence in running]
             if self._held < 0 or members != self._members:
-                self._held, self._members = HOLD, members
-                self._adapt(adaptive, running)
+                self._members = members
+                self._held = HOLD if self._adapt(adaptive, running) else IDLE_HOLD
             self._try_again()
         some = False
         for sequence in running:
@@ -188,7 +189,8 @@ class Pace:
         shared = self._pair(sequence).acceptance
         return (draft.hits + STRENGTH * shared) / (draft.hits + draft.misses + STRENGTH)
 
-    def _adapt(self, adaptive: Sequence[Hypothesis], running: Sequence[Hypothesis]) -> None:
+    def _adapt(self, adaptive: Sequence[Hypothesis], running: Sequence[Hypothesis]) -> bool:
+        """Decide anew how far each adaptive sequence drafts; whether any does."""
         rates = {id(s): self._own_acceptance(s) for s in adaptive}
         reach = {key: MAX_TOKENS if a >= 1 else max(1, int(math.log(REACH) / math.log(a))) for key, a in rates.items()}
         decoding = [s for s in running if s.next_row == len(s.output) - 1]
@@ -214,6 +216,7 @@ class Pace:
             if draft.probing:
                 draft.level, draft.worth = max(draft.level, PROBE), []
         self._rest(adaptive)
+        return best > 0
 
     def _rest(self, adaptive: Sequence[Hypothesis]) -> None:
         """Which pairs do not pay now; the first of a pair's drafts is the one that may try."""
