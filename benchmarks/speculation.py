@@ -261,7 +261,8 @@ def main() -> None:
     if args.quick:
         args.parameters, args.new_tokens, args.prompts, args.rounds = 8_000_000, 12, 2, 1
     console = Console()
-    result: dict[str, Any] = {"setting": {k: str(v) for k, v in vars(args).items()} | {"dtype": "bfloat16"}}
+    result: dict[str, Any] = {"setting": {k: v for k, v in vars(args).items() if not isinstance(v, Path)}}
+    result["setting"] |= {"drafter": args.drafter.name, "dtype": "bfloat16"}
     result["setting"] |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: FAMILY / name for name in ("expert", "base-small")} | {"drafter": args.drafter}

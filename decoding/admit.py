@@ -7,13 +7,13 @@ from collections.abc import Container, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
-from decoding.accept import RULES
 from decoding.core import LOOKUPS, BadRequest, Policy, Request, Role, UnknownModel
 from decoding.events import AdapterInfo
 from decoding.hosting import ModelRunner
 from decoding.kv import BlockPool, root_key
 from decoding.lookup import Lookup, Source
 from decoding.output import OutputText
+from decoding.rules import RULES
 from decoding.state import Draft, Group, Sequence, Track
 from decoding.text import TextModel
 

@@ -188,7 +188,7 @@ def _says(description: str) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """Who drafts tokens ahead of the policy, and which drafts are accepted (rules: `decoding.accept`)."""
+    """Who drafts tokens ahead of the policy, and which drafts are accepted (rules: `decoding.rules`)."""
 
     draft: str = field(default="auto", metadata=_says('A model\'s id, "ngram", "prediction" or "auto".'))
     tokens: int | Literal["auto"] = field(

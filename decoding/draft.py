@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
-from decoding.accept import RULES
 from decoding.core import LOOKUPS, SCORERS, BadRequest, Program, Sampling, Speculation, UnknownModel
+from decoding.rules import RULES
 from decoding.text import shared_vocabulary
 
 if TYPE_CHECKING:

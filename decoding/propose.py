@@ -15,10 +15,10 @@ from collections.abc import Sequence as Seq
 
 import torch
 
-from decoding.accept import RULES, Rule
 from decoding.hosting import Rows, SpanInput
 from decoding.noise import Lane
 from decoding.pace import Clock, Pace
+from decoding.rules import RULES, Rule
 from decoding.sampling import Position, draw, hard_mask, kept, pick, process, processes
 from decoding.state import Draft, Group, Plan, Sequence
 

@@ -16,10 +16,10 @@ from typing import Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from decoding.accept import RULES
 from decoding.core import BadRequest, ModelLoadError, Program, Sampling, Speculation, Term, UnknownModel
 from decoding.draft import settle_speculation
 from decoding.prepare import Catalog, check_term
+from decoding.rules import RULES
 from decoding.strategies import POLICY, Strategy, discover
 from server.config import Preset
 from server.errors import ApiError, from_validation, nearest

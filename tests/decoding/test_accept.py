@@ -13,11 +13,12 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from decoding.accept import RULES, Check, verify
+from decoding.accept import Check, verify
 from decoding.core import EngineConfig, Policy, Program, Request, Role, Sampling, Speculation, Term
 from decoding.noise import Lane
 from decoding.pace import Clock
 from decoding.propose import Proposer
+from decoding.rules import RULES
 from decoding.sampling import Drawn, Position, kept
 from decoding.state import Draft, Group, Sequence, Track
 from decoding.strategies import STRATEGIES

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from decoding.accept import RULES
+from decoding.rules import RULES
 from tests.server.conftest import STEERING, Ask
 from tests.server.test_chat import chunks
 from tests.server.test_errors import CHAT, HI, TEXT, X
