@@ -31,7 +31,7 @@ STRETCH = 3  # drafts that end by confidence may be this many times as long as t
 BUCKETS = 10  # of confidence
 HOLD = 16  # ticks for which a decision stands, unless the batch changes
 IDLE_HOLD = 64  # the same where nothing is drafted: trials bring news
-GAIN = 1.02  # drafting must promise at least this much: estimates are not that good
+GAIN = 1.05  # drafting must promise at least this much: estimates are not that good
 PROBE = 2  # drafts of a trial
 PATIENCE = 32  # ticks after which a pair that did not pay is tried again; doubles up to MAX_PATIENCE
 MAX_PATIENCE = 1024
@@ -231,7 +231,7 @@ class Pace:
         for key, drafts in members.items():
             if any(draft.level for draft in drafts):
                 if not any(draft.probing for draft in drafts):
-                    pairs[key].idle, pairs[key].patience = 0, PATIENCE
+                    pairs[key].idle, pairs[key].patience = 0, max(PATIENCE, pairs[key].patience // 2)
             else:
                 self._resting.append((pairs[key], drafts[0]))
 
