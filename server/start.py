@@ -7,6 +7,7 @@ import functools
 import json
 import signal
 import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -40,14 +41,20 @@ def make_engine(specs: tuple[ModelSpec, ...], config: EngineConfig) -> EngineLik
 class Server(uvicorn.Server):
     """uvicorn, but a signal first drains: new requests get a 503, running ones finish or run out of time.
 
-    A second signal stops at once.
+    A second signal stops at once. `announce` is called when connections are accepted, not before.
     """
 
-    def __init__(self, config: uvicorn.Config, bridge: Bridge, timeout: float) -> None:
+    def __init__(self, config: uvicorn.Config, bridge: Bridge, timeout: float, announce: Callable[[], None]) -> None:
         super().__init__(config)
-        self._bridge, self._timeout = bridge, timeout
+        self._bridge, self._timeout, self._announce = bridge, timeout, announce
         self._draining: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens, then says so."""
+        await super().startup(sockets)
+        if self.started:
+            self._announce()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """From uvicorn's signal handler."""
@@ -79,8 +86,8 @@ async def serve(config: Config, factory: EngineFactory | None = None, console: C
     try:
         _, texts = await asyncio.gather(bridge.start(), asyncio.to_thread(load_texts, config.specs()))
         app = build_app(config, bridge, texts)
-        server = Server(_uvicorn_config(app, config), bridge, config.shutdown_timeout)
-        _announce(console, app, listener)
+        announce = functools.partial(_announce, console, app, listener)
+        server = Server(_uvicorn_config(app, config), bridge, config.shutdown_timeout, announce)
         loop.remove_signal_handler(signal.SIGTERM)
         await server.serve(sockets=[listener])
     finally:

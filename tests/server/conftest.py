@@ -71,6 +71,7 @@ class Live:
 
     def __init__(self, **settings: Any) -> None:
         self.config = make_config(**settings)
+        self.announced = False
         self._started = threading.Event()
         self.thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="live server")
 
@@ -80,7 +81,8 @@ class Live:
         self.bridge = Bridge(fake_engine, max_sequences=self.config.max_queue, launch=launch_thread)
         await self.bridge.start()
         app = build_app(self.config, self.bridge, TEXTS)
-        self.server = Server(_uvicorn_config(app, self.config), self.bridge, self.config.shutdown_timeout)
+        options = _uvicorn_config(app, self.config)
+        self.server = Server(options, self.bridge, self.config.shutdown_timeout, self._listens)
         self.server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
         self._started.set()
         try:
@@ -92,6 +94,11 @@ class Live:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    def _listens(self) -> None:
+        """Said from the server's loop: the socket takes connections by then."""
+        socket.create_connection(("127.0.0.1", self.port), timeout=5).close()
+        self.announced = True
 
     def start(self) -> Live:
         self.thread.start()

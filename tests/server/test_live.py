@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
 import os
 import signal
@@ -16,9 +18,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from rich.console import Console
 
-from tests.server.conftest import Live
-from tests.server.fake_engine import ANSWER
+from server import start
+from server.bridge import launch_thread
+from tests.server.conftest import TEXTS, Live, make_config
+from tests.server.fake_engine import ANSWER, fake_engine
 from tests.server.test_errors import CHAT, HI, TEXT, X, error_of
 
 Start = Callable[..., Live]
@@ -184,6 +189,37 @@ def test_a_signal_ends_what_takes_too_long(live: Start) -> None:
         assert json.loads(error[6:])["error"]["message"] == "The server is shutting down."
     server.thread.join(20)
     assert not server.thread.is_alive()
+
+
+def test_it_is_announced_when_connections_are_accepted() -> None:
+    """Whoever waits for the line that says how to call the server may call it at once."""
+
+    class Watching(Console):
+        accepted: bool | None = None
+
+        def print(self, *objects: Any, **options: Any) -> None:
+            if "curl" in str(objects[0]):
+                try:
+                    socket.create_connection(("127.0.0.1", port), timeout=5).close()
+                    self.accepted = True
+                except OSError:
+                    self.accepted = False
+                loop.call_soon(os.kill, os.getpid(), signal.SIGTERM)
+
+    async def run(console: Console) -> None:
+        nonlocal loop
+        loop = asyncio.get_running_loop()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(start, "load_texts", lambda specs: TEXTS)
+            patch.setattr(start, "launch_process", lambda factory, log_level: launch_thread(factory))
+            await start.serve(make_config(port=port), fake_engine, console)
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    loop: asyncio.AbstractEventLoop
+    console = Watching(file=io.StringIO())
+    asyncio.run(run(console))
+    assert console.accepted is True
 
 
 SCRIPT = """
