@@ -234,11 +234,31 @@ class Constraint(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class SearchPlan:
+    """A search on top of a policy: its `kind`, an entry of the dict of searches, and that kind's parameters.
+
+    Budgets: `max_total_tokens` of all hypotheses together (a scorer's own not counted), `max_candidates` branches that
+    may be forked or opened, `max_seconds`. `progress`: whether the client is told how far it is. `candidates`: whether
+    the report lists all of them. `sampled`: whether the request sets a temperature of its own.
+    """
+
+    kind: str
+    params: Any
+    max_total_tokens: int | None = None
+    max_candidates: int | None = None
+    max_seconds: float | None = None
+    progress: bool = False
+    candidates: bool = False
+    sampled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
     """What the next-token distribution of a request is. `strategy` is a label for reports only.
 
     `lossless` says whether the text is an exact sample of the policy; `trace` asks for every role's part in each token;
-    `speculation` changes how fast tokens come, and with a lossy rule also which.
+    `speculation` changes how fast tokens come, and with a lossy rule also which; `search` is what is done with several
+    hypotheses.
     """
 
     strategy: str
@@ -246,6 +266,7 @@ class Program:
     lossless: bool = True
     trace: bool = False
     speculation: Speculation | None = None
+    search: SearchPlan | None = None
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from decoding.core import FinishReason
 
@@ -67,6 +67,49 @@ class PromptLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a search is, in a sentence and numbers; sent to requests that ask for it."""
+
+    request_id: str
+    message: str
+    numbers: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateReport:
+    """One hypothesis of a search: its text, what it was ranked by, the scorer's own numbers, why it is no full answer.
+
+    `answer`: what was extracted from it for a vote. `tokens`: how many it has.
+    """
+
+    text: str
+    tokens: int
+    finish_reason: FinishReason | None
+    score: float | None = None
+    scores: tuple[float, ...] = ()
+    answer: str | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchReport:
+    """How a search went. `reason`: a sentence if it did not go as asked, with the budget that ran out, if one did.
+
+    `generated`: tokens of all hypotheses, dropped ones too. `scored`: tokens that scorer models computed, by model.
+    `candidates`: all of them, best first, if the request asks for them, else none.
+    """
+
+    kind: str
+    reason: str
+    exhausted: str | None
+    branches: int
+    generated: int
+    scored: tuple[tuple[str, int], ...]
+    candidates: tuple[CandidateReport, ...] = ()
+    details: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """What a request cost. `forwards`: (model id, forward passes it took part in).
 
@@ -82,6 +125,7 @@ class Usage:
     drafted: int = 0
     accepted: int = 0
     passes: int = 0
+    search: SearchReport | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +147,7 @@ class Failed:
     code: str | None = None
 
 
-Event = Delta | PromptLogprobs | Done | Failed
+Event = Delta | PromptLogprobs | Progress | Done | Failed
 
 
 @dataclass(frozen=True, slots=True)

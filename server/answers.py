@@ -52,7 +52,7 @@ class Progress:
                 shown.append((position, event))
             elif isinstance(event, Failed):
                 raise from_failed(event)
-            else:
+            elif isinstance(event, Done):
                 self._end(event)
         return shown
 

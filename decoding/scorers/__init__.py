@@ -1,0 +1,1 @@
+"""Scorers: what gives a text numbers. Requests name them by `ScorerSpec`; `decoding.search` asks them."""

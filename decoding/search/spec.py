@@ -1,0 +1,45 @@
+"""What a kind of search is: parameters as a frozen dataclass, and the generator that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from decoding.core import Sampling
+from decoding.scorers.spec import ScorerSpec
+from decoding.search.verbs import Search, Steps
+
+
+def _nothing(_params: Any) -> Sequence[Any]:
+    return ()
+
+
+def _all_good(_params: Any, _sampling: Sampling) -> None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class SearchKind:
+    """A row of the dict of searches.
+
+    params: a frozen dataclass whose fields are the request's parameters. run: the generator. check: raises BadRequest,
+    `param` naming the offending field, for parameters that can never be served (sampling: with the search's own
+    temperature put in). scorers, models: what the parameters name, so that it is refused before anything runs if it is
+    not served. temperature: the default when the request has none; None leaves OpenAI's. independent: how many
+    samples of one distribution it takes, which at temperature 0 would all be the same. formula: what it does, as an
+    expression.
+    """
+
+    name: str
+    summary: str
+    params: type[Any]
+    run: Callable[[Search, Any], Steps]
+    formula: str = ""
+    check: Callable[[Any, Sampling], None] = _all_good
+    scorers: Callable[[Any], Sequence[ScorerSpec | None]] = _nothing
+    models: Callable[[Any], Sequence[str | None]] = _nothing
+    temperature: float | None = None
+    independent: Callable[[Any], int] = lambda _params: 1
+    needs: tuple[str, ...] = ()
+    paper: str = ""
