@@ -70,7 +70,7 @@ def make_group(
             for model, adapter, prompt in views
         ]
         text = OutputText(hosted[request.text_model].text, request)
-        sequence = Sequence(group, index, (index,), tracks, text)
+        sequence = Sequence(group, index, (index,), tracks, text, request.sampling)
         if request.sampling.prompt_logprobs is not None and index == 0:
             sequence.next_row = -_scored(request.prompts[0], tracks) - 1
         if request.constraint is not None:

@@ -316,6 +316,8 @@ class Engine:
         decision.tokens |= own.tokens
         decision.weights |= own.weights
         decision.scored += own.scored
+        decision.told |= own.told
+        decision.fed |= own.fed
 
     def _commit(self, plan: Plan, decision: Decision) -> None:
         """Append tokens, move the tracks on, then end and fork: what is full is published before it is freed."""
