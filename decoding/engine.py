@@ -11,6 +11,8 @@ Single-threaded: whoever owns the engine calls `submit`, `abort` and `step` in t
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import os
 import time
@@ -28,6 +30,7 @@ from decoding.core import (
     BadRequest,
     Constraint,
     EngineConfig,
+    EngineFailure,
     ModelLoadError,
     ModelSpec,
     Overloaded,
@@ -47,7 +50,9 @@ from decoding.events import (
     Failed,
     ModelInfo,
     ModelStats,
+    Progress,
     PromptLogprobs,
+    SearchReport,
     Stats,
     TokenLogprob,
     Usage,
@@ -62,7 +67,11 @@ from decoding.prepare import Entry, prepare
 from decoding.propose import Proposer
 from decoding.sampling import Drawn, Position, hard_mask
 from decoding.scheduler import Scheduler
-from decoding.state import Draft, Group, Plan, Sample, Sequence, Span
+from decoding.scorers.spec import Scorer, ScorerSpec
+from decoding.search import known_searches
+from decoding.search.desk import Desk, wants_hidden
+from decoding.search.host import Host
+from decoding.state import Group, Plan, Sample, Sequence, Span
 from decoding.text import Chat, Prompt, TextModel
 
 logger = logging.getLogger("trimtab.engine")
@@ -97,7 +106,7 @@ class Engine:
         self.models = tuple(self._info(id) for id in self.hosted)
         self._groups: dict[str, Group] = {}
         self._events: list[Event] = []
-        self._serial = 0
+        self._serials = itertools.count()
         self._aborts = 0
         self._forwards = dict.fromkeys(self.runners, 0)
         self._tokens = dict.fromkeys(self.runners, 0)
@@ -110,6 +119,10 @@ class Engine:
         self._proposer = Proposer(self._run, generator, self._clock, self._pace)
         self.judges = dict(judges or {})
         self._decider = Decider(self._device, generator, lambda id: self.hosted[id].text, self.judges)
+        self._host = Host(
+            self.hosted, self.runners, self.scheduler, self.judges, self.catalog, self._make_scorer, self._serials
+        )
+        self._desk = Desk(self._host)
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -119,9 +132,13 @@ class Engine:
             raise BadRequest(f"The request id '{request.id}' is in use.")
         if self.waiting + request.n > self.config.max_queue:
             raise Overloaded(f"The queue is full ({self.waiting} sequences wait).", retry_after=1)
-        group = make_group(request, self._serial, self.hosted, self.pools, self.judges)
-        self._serial += 1
+        group = make_group(request, next(self._serials), self.hosted, self.pools, self.judges)
         self._groups[request.id] = group
+        plan = request.program.search
+        if plan is not None:
+            emit = functools.partial(self._tell_progress, request.id)
+            self._desk.begin(group, known_searches()[plan.kind], emit)
+            return
         root, *others = group.sequences
         if root.rows_wanted <= 0:  # nothing to compute: max_tokens 0 and no prompt rows
             self._finish_empty(group)
@@ -228,7 +245,7 @@ class Engine:
             prompts = [prompts]  # type: ignore[list-item]
         if not isinstance(program, Program):
             program = Program("plain", Policy((Term("base", Role(program or next(iter(self.hosted)))),)))
-        catalog = {info.id: Entry(self.hosted[info.id].text, info) for info in self.models}
+        catalog = self.catalog()
         extra: dict[str, Any] = {"n": n, "prediction": prediction, "constraint": constraint}
         requests = [prepare(program, p, sampling or Sampling(), catalog, **extra) for p in prompts]  # type: ignore[arg-type]
         for request in requests:
@@ -241,6 +258,7 @@ class Engine:
         """One packed forward per model. A forward that fails takes down the requests in it, nothing else."""
         rows: dict[str, Rows] = {}
         read = {s.sequence.tracks[s.sequence.group.term_tracks[0]].model for s in plan.samples if judged(s)}
+        read |= {model for model, spans in plan.spans.items() if wants_hidden(spans)}
         # All inputs first: a failed request gives its blocks back, and other models' forwards still name them.
         inputs = {model: [_span_input(span) for span in spans] for model, spans in plan.spans.items()}
         for model, spans in plan.spans.items():
@@ -258,6 +276,8 @@ class Engine:
             plan.spans[model] = [span for span in plan.spans[model] if not span.sequence.finished]
         plan.samples = [sample for sample in plan.samples if not sample.sequence.finished]
         add_drafted_rows(plan.samples, rows)
+        for model, found in rows.items():
+            self._desk.read(plan.spans[model], found)
         return rows
 
     def _without_drafters(self, plan: Plan, model: str, error: Exception, want_hidden: bool) -> Rows | None:
@@ -329,6 +349,9 @@ class Engine:
             if sequence.finished:
                 continue
             sequence.next_row = sample.first + sample.count - sample.drafts
+            if sequence.goal is not None:
+                sequence.goal.told = decision.told.get(sequence, sequence.goal.told)
+                sequence.goal.fed += decision.fed.get(sequence, ())
             if sequence in decision.tokens:
                 delta = self._append(sequence, decision.tokens[sequence], decision.weights.get(sequence))
                 if delta is not None:
@@ -338,12 +361,16 @@ class Engine:
             if sequence.finished:
                 continue  # another choice of the request has failed in this very tick
             group = sequence.group
+            if group in self._desk:
+                self._desk.saw(sequence, delta)
+                continue
             if group.unforked and sequence is group.sequences[0]:
                 self._fork_children(group)
             if delta.finish_reason is None:
                 self._events.append(delta)
             else:
                 self._finish(sequence, delta)
+        self._go_on(plan)
         for sample in plan.samples:
             group = sample.sequence.group
             if group.max_output == 0 and sample.sequence.next_row >= -1 and not sample.sequence.finished:
@@ -371,9 +398,8 @@ class Engine:
             logger.exception("request %s: a token could not be appended", group.request.id)
             self._fail(group, f"The request's constraint failed: {type(error).__name__}.")
             return None
-        if sequence.draft:
-            for token in delta.token_ids:
-                self._tell_drafter(sequence.draft, token)
+        self._host.tell_drafter(sequence, delta.token_ids)
+        group = group.payer
         group.completion_tokens += len(delta.token_ids)
         group.passes += 1
         if drafted:
@@ -381,12 +407,6 @@ class Engine:
             group.drafted += drafted
             group.accepted += sum(each.accepted is not None for each in drawn[: len(delta.token_ids)])
         return delta
-
-    def _tell_drafter(self, draft: Draft, token: int) -> None:
-        if draft.lookup:
-            draft.lookup.push(token)
-        elif draft.own and token >= self.runners[draft.own.model].width:
-            self.scheduler.retire(draft)  # it has no such token, and could not go on behind it
 
     def _fail_empty(self, at: Position) -> None:
         """Nothing may come at this place."""
@@ -418,34 +438,77 @@ class Engine:
                 delta = replace(delta, finish_reason="stop", stop_reason=text.matched)
         sequence.finished = True
         self.scheduler.remove(sequence)
-        request = group.request
         self._events.append(delta)
         if all(each.finished for each in group.sequences):
-            prompt = len(request.prompts[0])
-            forwards = tuple(group.forwards.items())
-            usage = Usage(
-                prompt,
-                group.completion_tokens,
-                group.cached_tokens,
-                group.preemptions,
-                forwards,
-                group.drafted,
-                group.accepted,
-                group.passes,
-            )
-            self._events.append(Done(request.id, usage))
-            del self._groups[request.id]
+            self._end(group)
 
-    def _fail(self, group: Group, message: str, kind: Literal["BadRequest", "EngineFailure"] = "EngineFailure") -> None:
+    def _end(self, group: Group, search: SearchReport | None = None) -> None:
+        """Everything has been told of the request but what it cost."""
+        usage = Usage(
+            len(group.request.prompts[0]),
+            group.completion_tokens,
+            group.cached_tokens,
+            group.preemptions,
+            tuple(group.forwards.items()),
+            group.drafted,
+            group.accepted,
+            group.passes,
+            search,
+        )
+        self._events.append(Done(group.request.id, usage))
+        del self._groups[group.request.id]
+
+    def _fail(
+        self,
+        group: Group,
+        message: str,
+        kind: Literal["BadRequest", "UnknownModel", "EngineFailure"] = "EngineFailure",
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        group = group.payer
         if self._groups.pop(group.request.id, None) is not None:
             self._drop(group)
-            self._events.append(Failed(group.request.id, kind, message))
+            self._events.append(Failed(group.request.id, kind, message, param, code))
 
     def _drop(self, group: Group) -> None:
+        try:
+            self._desk.drop(group)
+        except Exception:
+            logger.exception("request %s: its search did not end cleanly", group.request.id)
         group.unforked = []
         for sequence in group.sequences:
             sequence.finished = True
             self.scheduler.remove(sequence)
+
+    # -- searches -----------------------------------------------------------------------------------------------
+
+    def catalog(self) -> dict[str, Entry]:
+        """What is served now, as `prepare` wants it."""
+        return {info.id: Entry(self.hosted[info.id].text, info) for info in self.models}
+
+    def _make_scorer(self, spec: ScorerSpec, model: str) -> Scorer:
+        raise NotImplementedError
+
+    def _tell_progress(self, request_id: str, message: str, numbers: Mapping[str, float]) -> None:
+        self._events.append(Progress(request_id, message, tuple(numbers.items())))
+
+    def _go_on(self, plan: Plan) -> None:
+        """Searches go on, in a fixed order, some to their end."""
+        for group, found in self._desk.go_on(idle=not plan.spans):
+            if isinstance(found, BadRequest):
+                kind: Any = "UnknownModel" if isinstance(found, UnknownModel) else "BadRequest"
+                self._fail(group, found.message, kind, found.param, found.code)
+            elif isinstance(found, EngineFailure):
+                self._fail(group, str(found))
+            elif isinstance(found, Exception):
+                logger.error("request %s: its search failed", group.request.id, exc_info=found)
+                self._fail(group, f"The search failed: {type(found).__name__}.")
+            else:
+                self._drop(group)
+                deltas, report = found
+                self._events += deltas
+                self._end(group, report)
 
     def _info(self, id: str) -> ModelInfo:
         adapter = self.hosted[id].adapter
@@ -471,7 +534,8 @@ def _adapters(group: Group) -> set[str | None]:
 
 
 def _groups(spans: Seq[Span]) -> set[Group]:
-    return {span.sequence.group for span in spans}
+    """The requests that pay for them."""
+    return {span.sequence.group.payer for span in spans}
 
 
 def _span_input(span: Span) -> SpanInput:
@@ -479,6 +543,6 @@ def _span_input(span: Span) -> SpanInput:
         span.sequence.ids(span.track, span.start, span.start + span.count),
         span.start,
         span.track.blocks,
-        range(span.count - span.rows, span.count),
+        span.offsets,
         span.track.adapter,
     )

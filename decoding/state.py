@@ -229,12 +229,13 @@ class Sequence:
 class Stream(Sequence):
     """A text as a scorer reads it: one track, whose `output` are the ids of the text so far; nothing is drawn.
 
-    marks: positions, ascending, whose rows are still wanted. rows, hidden: what was read at those before them.
+    marks: positions, ascending, whose rows are still wanted. read: (row, hidden state) of those that have been read;
+    wants_hidden: whether hidden states are.
     """
 
     marks: list[int] = field(default_factory=list)
-    rows: list[torch.Tensor] = field(default_factory=list)
-    hidden: list[torch.Tensor] = field(default_factory=list)
+    read: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
+    wants_hidden: bool = False
 
     def target(self, track: Track) -> int:
         """Everything may be computed at any time."""
