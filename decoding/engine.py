@@ -42,14 +42,13 @@ from decoding.core import (
     Term,
     UnknownModel,
 )
-from decoding.decide import Decider, Decision, add_drafted_rows, judged
+from decoding.decide import Decider, Decision
 from decoding.events import (
     Delta,
     Done,
     Event,
     Failed,
     ModelInfo,
-    ModelStats,
     Progress,
     PromptLogprobs,
     SearchReport,
@@ -57,8 +56,9 @@ from decoding.events import (
     TokenLogprob,
     Usage,
 )
+from decoding.forwards import Forwards
 from decoding.generate import Completion, collect
-from decoding.hosting import Rows, SpanInput
+from decoding.hosting import Rows
 from decoding.judge import JudgeHead
 from decoding.kv import BlockPool
 from decoding.memory import divide_kv
@@ -69,9 +69,9 @@ from decoding.sampling import Drawn, Position, hard_mask
 from decoding.scheduler import Scheduler
 from decoding.scorers.spec import Scorer, ScorerSpec
 from decoding.search import known_searches
-from decoding.search.desk import Desk, wants_hidden
+from decoding.search.desk import Desk
 from decoding.search.host import Host
-from decoding.state import Group, Plan, Sample, Sequence, Span
+from decoding.state import Group, Plan, Sample, Sequence
 from decoding.text import Chat, Prompt, TextModel
 
 logger = logging.getLogger("trimtab.engine")
@@ -108,15 +108,13 @@ class Engine:
         self._events: list[Event] = []
         self._serials = itertools.count()
         self._aborts = 0
-        self._forwards = dict.fromkeys(self.runners, 0)
-        self._tokens = dict.fromkeys(self.runners, 0)
-        self._seconds = dict.fromkeys(self.runners, 0.0)
         self._device = next(iter(self.runners.values())).device
         generator = torch.Generator(self._device)
         generator.manual_seed(int.from_bytes(os.urandom(7), "little"))
         self._clock = Clock()
         self._pace = Pace(self._clock)
-        self._proposer = Proposer(self._run, generator, self._clock, self._pace)
+        self._forwards = Forwards(self.runners, self.scheduler, self._clock, self._fail)
+        self._proposer = Proposer(self._forwards.run, generator, self._clock, self._pace)
         self.judges = dict(judges or {})
         self._decider = Decider(self._device, generator, lambda id: self.hosted[id].text, self.judges)
         self._host = Host(
@@ -167,9 +165,9 @@ class Engine:
         self.scheduler.admit()
         plan = self.scheduler.plan(drafts=self._pace.assign(self.scheduler.running))
         self._proposer.propose(plan)
-        rows = self._forward(plan)
+        rows = self._forwards.run_plan(plan)
         decision = self._decide(plan, rows) if plan.samples else Decision()
-        self._commit(plan, decision)
+        self._commit(plan, decision, rows)
         events, self._events = self._events, []
         return events
 
@@ -201,7 +199,7 @@ class Engine:
         self.models = tuple(self._info(each) for each in self.hosted)
 
     def _refuse_while_used(self, id: str) -> None:
-        users = [g for g in self._groups.values() if id in _adapters(g)]
+        users = [g for g in self._groups.values() if id in _adapters(g) | self._desk.adapters(g)]
         if users:
             raise AdapterInUse(f"The adapter '{id}' is in use by {len(users)} requests; wait for them or abort them.")
 
@@ -211,19 +209,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """A snapshot for metrics."""
-        models = tuple(
-            ModelStats(
-                model,
-                self._forwards[model],
-                self._tokens[model],
-                self._seconds[model],
-                pool.used,
-                pool.hits,
-                pool.queries,
-            )
-            for model, pool in self.pools.items()
-        )
-        s = self.scheduler
+        s, models = self.scheduler, self._forwards.stats(self.pools)
         return Stats(len(s.running), self.waiting, s.tick, s.preemptions, self._aborts, models, self._pace.stats())
 
     def generate(
@@ -253,61 +239,6 @@ class Engine:
         return collect(self.step, requests)
 
     # -- the tick's stages --------------------------------------------------------------------------------------
-
-    def _forward(self, plan: Plan) -> dict[str, Rows]:
-        """One packed forward per model. A forward that fails takes down the requests in it, nothing else."""
-        rows: dict[str, Rows] = {}
-        read = {s.sequence.tracks[s.sequence.group.term_tracks[0]].model for s in plan.samples if judged(s)}
-        read |= {model for model, spans in plan.spans.items() if wants_hidden(spans)}
-        # All inputs first: a failed request gives its blocks back, and other models' forwards still name them.
-        inputs = {model: [_span_input(span) for span in spans] for model, spans in plan.spans.items()}
-        for model, spans in plan.spans.items():
-            began = time.perf_counter()
-            try:
-                rows[model] = self._run(model, inputs[model], _groups(spans), model in read)
-            except Exception as error:
-                found = self._without_drafters(plan, model, error, model in read)
-                if found is not None:
-                    rows[model] = found
-                continue
-            if all(span.rows == span.count for span in spans):
-                self._clock.saw(("forward", model), sum(s.count for s in spans), time.perf_counter() - began)
-        for model in plan.spans:
-            plan.spans[model] = [span for span in plan.spans[model] if not span.sequence.finished]
-        plan.samples = [sample for sample in plan.samples if not sample.sequence.finished]
-        add_drafted_rows(plan.samples, rows)
-        for model, found in rows.items():
-            self._desk.read(plan.spans[model], found)
-        return rows
-
-    def _without_drafters(self, plan: Plan, model: str, error: Exception, want_hidden: bool) -> Rows | None:
-        """A forward has failed: without the drafters that were catching up in it, once more; else its requests fail."""
-        logger.error("the forward of '%s' failed", model, exc_info=error)
-        own = [s for s in plan.spans[model] if s.sequence.draft and s.track is s.sequence.draft.own]
-        for span in own:
-            if span.sequence.draft:
-                self.scheduler.retire(span.sequence.draft)
-        rest = plan.spans[model] = [span for span in plan.spans[model] if span not in own]
-        if own and rest:
-            try:
-                return self._run(model, [_span_input(span) for span in rest], _groups(rest), want_hidden)
-            except Exception as again:
-                error = again
-                logger.exception("the forward of '%s' failed again", model)
-        for group in _groups(rest):
-            self._fail(group, f"The forward pass of '{model}' failed: {type(error).__name__}.")
-        return None
-
-    def _run(self, model: str, spans: list[SpanInput], groups: set[Group], want_hidden: bool = False) -> Rows:
-        """One packed forward, counted."""
-        began = time.perf_counter()
-        rows = self.runners[model].forward(spans, want_hidden)
-        self._seconds[model] += time.perf_counter() - began
-        self._forwards[model] += 1
-        self._tokens[model] += sum(len(span.token_ids) for span in spans)
-        for group in groups:
-            group.forwards[model] = group.forwards.get(model, 0) + 1
-        return rows
 
     def _decide(self, plan: Plan, rows: Mapping[str, Rows]) -> Decision:
         """Tokens for the sequences that are due. If a batch fails, its requests are tried one by one."""
@@ -339,8 +270,10 @@ class Engine:
         decision.told |= own.told
         decision.fed |= own.fed
 
-    def _commit(self, plan: Plan, decision: Decision) -> None:
+    def _commit(self, plan: Plan, decision: Decision, rows: Mapping[str, Rows]) -> None:
         """Append tokens, move the tracks on, then end and fork: what is full is published before it is freed."""
+        for model, found in rows.items():
+            self._desk.read(plan.spans[model], found)
         for group, entries in decision.scored:
             self._add_prompt_logprobs(group, entries)
         deltas: list[tuple[Sequence, Delta]] = []
@@ -531,18 +464,3 @@ def _adapters(group: Group) -> set[str | None]:
     """Adapters that the request uses, to draft too."""
     drafting = {s.draft.own.adapter for s in group.sequences if s.draft is not None and s.draft.own is not None}
     return drafting | {term.role.adapter for term in group.policy.terms}
-
-
-def _groups(spans: Seq[Span]) -> set[Group]:
-    """The requests that pay for them."""
-    return {span.sequence.group.payer for span in spans}
-
-
-def _span_input(span: Span) -> SpanInput:
-    return SpanInput(
-        span.sequence.ids(span.track, span.start, span.start + span.count),
-        span.start,
-        span.track.blocks,
-        span.offsets,
-        span.track.adapter,
-    )

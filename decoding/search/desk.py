@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as Seq
 from concurrent.futures import wait
 
 from decoding.events import Delta, SearchReport
@@ -48,6 +47,11 @@ class Desk:
                 hidden = rows.hidden[mine] if span.sequence.wants_hidden and rows.hidden is not None else None
                 driver.read(span.sequence, span.marks, rows.logits[mine], hidden)
 
+    def adapters(self, group: Group) -> set[str | None]:
+        """Adapters that a request's search uses besides its own policy's."""
+        driver = self._running.get(group)
+        return set() if driver is None else {t.adapter for s in driver.states() for t in s.all_tracks}
+
     def go_on(self, idle: bool) -> Iterator[tuple[Group, tuple[list[Delta], SearchReport] | Exception]]:
         """Every search as far as it goes without another tick; those that have ended or failed, and how.
 
@@ -70,8 +74,3 @@ class Desk:
         driver = self._running.pop(group, None)
         if driver is not None:
             driver.close()
-
-
-def wants_hidden(spans: Seq[Span]) -> bool:
-    """Whether a scorer wants hidden states of a model's rows."""
-    return any(isinstance(s.sequence, Stream) and s.sequence.wants_hidden and s.marks for s in spans)

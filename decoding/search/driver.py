@@ -130,6 +130,10 @@ class Driver:
             stream.read[mark] = (rows[i].float(), None if hidden is None else hidden[i].float())
         stream.marks = [mark for mark in stream.marks if mark not in stream.read]
 
+    def states(self) -> list[State]:
+        """Everything that it has in the engine."""
+        return [state for node in self.nodes.values() for state in (node.state, *node.streams.values())]
+
     @property
     def generated(self) -> int:
         """Tokens of all hypotheses."""
