@@ -347,6 +347,9 @@ class ModelSpec:
     plain_template: str | None = None
     view: str | None = None
     trust_remote_code: bool = False
+    step_marker: str | None = None
+    score_tokens: tuple[str, ...] | None = None
+    rendering: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
