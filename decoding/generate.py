@@ -57,7 +57,8 @@ def load_models(
             continue
         runner = runners[spec.of or spec.id]
         adapter = runner.load_adapter(spec.id, spec.path) if spec.kind == "adapter" else None
-        hosted[spec.id] = Hosted(runner, texts[spec.id], spec.kv_memory, adapter)
+        kind = "causal" if spec.kind == "adapter" else spec.kind
+        hosted[spec.id] = Hosted(runner, texts[spec.id], spec.kv_memory, adapter, kind, spec)
     return hosted
 
 

@@ -28,10 +28,14 @@ OTHER_HEADS = {
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
-def causal_class(config: Any) -> type[PreTrainedModel]:
-    """The causal LM class of `config`. Raises ModelLoadError when there is none, or none that can be served."""
+def causal_class(config: Any, scores: bool = False) -> type[PreTrainedModel]:
+    """The causal LM class of `config`. Raises ModelLoadError when there is none, or none that can be served.
+
+    scores: the checkpoint may have a head that scores texts.
+    """
     kind = str(config.model_type)
-    _check_head(config)
+    if not scores:
+        _check_head(config)
     known = AutoModelForCausalLM._model_mapping
     if getattr(config, "is_encoder_decoder", False):
         raise ModelLoadError(f"{kind} is an encoder-decoder; only decoder-only language models are served.")

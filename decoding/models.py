@@ -1,4 +1,6 @@
-"""Loads a Hugging Face causal LM and decides whether it can be served exactly; refuses with a sentence otherwise.
+"""Loads a causal LM, or a scorer with a head of its own, and decides whether it can be served exactly.
+
+Refuses with a sentence otherwise.
 
 In order: the configuration (`host_gate`), a tiny twin of the model (`selfcheck`), the weights (safetensors only), the
 attention calls of the real model (`host_probe`), its logits on two short prompts (`selfcheck`).
@@ -16,13 +18,14 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from decoding.core import SCORERS, ModelLoadError, ModelSpec
+from decoding.heads import has_head, read_head_model
 from decoding.host_gate import causal_class, context_limit
 from decoding.runner import Runner
 from decoding.selfcheck import check_twin, check_weights, own_logits
 
 log = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-CAUSAL_KINDS = frozenset({"causal", "guard", "judge", "self_eval"})
+KINDS = ("causal", "reward", "prm", "guard", "self_eval")
 PROMPT_TOKENS = 16
 
 
@@ -40,21 +43,18 @@ def load_model(spec: ModelSpec, *, compile: bool = True, self_check: bool = True
 
 
 def _load(spec: ModelSpec, compile: bool, self_check: bool, adapters: bool) -> Runner:
-    if spec.kind in SCORERS:
-        raise ModelLoadError(
-            f"models of kind '{spec.kind}' score texts, and scorers are not served in this version; a reward that "
-            "steers every token is an autoregressive reward model, a causal LM (kind causal)."
-        )
-    if spec.kind not in CAUSAL_KINDS:
-        raise ModelLoadError(f"kind '{spec.kind}' is not one of {', '.join(sorted(CAUSAL_KINDS))}.")
+    if spec.kind not in KINDS:
+        raise ModelLoadError(f"kind '{spec.kind}' is not one of {', '.join(KINDS)}.")
     config = read_config(spec)
-    kind = causal_class(config)
+    scores = spec.kind in SCORERS and has_head(config)
+    kind = causal_class(config, scores)
     length = context_limit(config, spec.max_model_len)
     device = _device(spec)
     dtype = _dtype(spec, config, device)
     if self_check:
         check_twin(kind, config)
-    model = read_weights(spec, kind, config, dtype).to(device)
+    model: Any = read_head_model(spec, config, dtype) if scores else read_weights(spec, kind, config, dtype)
+    model = model.eval().to(device)
     ids = torch.arange(2 * PROMPT_TOKENS, device=device).view(2, -1) * 7919 % int(model.config.vocab_size)
     expected = own_logits(model, ids) if self_check else None
     runner = Runner(model, spec.id, length, compile=compile, adapters=adapters)

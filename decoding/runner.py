@@ -20,6 +20,7 @@ from decoding.adapters import read_adapter
 from decoding.attention import Batch, HostedLayer, Tensor, attend_kernel, attend_reference, make_batch, make_pool
 from decoding.core import ModelLoadError
 from decoding.events import AdapterInfo
+from decoding.heads import Head, HeadModel
 from decoding.host_build import load_kernels
 from decoding.host_compile import CompiledForward, mark_pools
 from decoding.host_linear import FEW_ROWS, use_few_rows
@@ -40,7 +41,7 @@ class Runner:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | HeadModel,
         id: str,
         max_model_len: int | None = None,
         *,
@@ -55,6 +56,7 @@ class Runner:
         """
         self.id = id
         self.model = model.eval().requires_grad_(False)
+        self.head: Head | None = getattr(model, "about", None)  # of a scorer: rows are its outputs, not logits
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self.parameters = sum(p.numel() for p in model.parameters())
@@ -125,6 +127,10 @@ class Runner:
         Forwards without an adapter are not touched. After `warm_up`, the first adapter of a model that did not expect
         any takes the seconds of compiling a forward for it. Raises ModelLoadError, and then nothing has changed.
         """
+        if self.head is not None:
+            raise ModelLoadError(
+                f"Adapter '{id}' of '{self.id}': adapters on models with a scoring head are not served."
+            )
         try:
             adapter = read_adapter(path, self.loras.sizes(), self._like)
         except ModelLoadError as error:

@@ -45,16 +45,6 @@ def _to_list(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-def _to_kind(value: Any) -> Any:
-    """Kinds that are planned have a sentence of their own."""
-    if value in SCORERS:
-        raise ValueError(
-            f"models of kind {value} score texts, and scorers are not served in this version; a reward that steers "
-            "every token is an autoregressive reward model, a causal LM (kind: causal)"
-        )
-    return value
-
-
 Bytes = Annotated[int, BeforeValidator(_to_bytes), Field(ge=0)]
 Names = Annotated[list[str], BeforeValidator(_to_list)]
 Positive = Annotated[int, Field(ge=1)]
@@ -70,7 +60,7 @@ class ModelEntry(Strict):
     """One entry under `models`. An adapter is a PEFT LoRA directory `of` another entry, a judge a judge head of one."""
 
     path: str
-    kind: Annotated[Literal["causal", "adapter", "judge"], BeforeValidator(_to_kind)] = "causal"
+    kind: Literal["causal", "reward", "prm", "guard", "self_eval", "adapter", "judge"] = "causal"
     of: str | None = None
     dtype: str | None = None
     device: str | None = None
@@ -78,6 +68,9 @@ class ModelEntry(Strict):
     kv_memory: Bytes | None = None
     plain_template: str | None = None
     view: Literal["auto", "plain", "chat"] | None = None
+    step_marker: Annotated[str, Field(min_length=1)] | None = None
+    score_tokens: Names | None = None
+    rendering: str | None = None
 
 
 class Preset(Strict):
@@ -143,7 +136,9 @@ class Config(Strict):
     @property
     def default_model(self) -> str:
         """The id that a request without `model` means."""
-        return self.defaults.model or next(name for name, entry in self.models.items() if entry.kind != "judge")
+        entries = self.models.items()
+        writers = [name for name, entry in entries if entry.kind not in ("judge", *SCORERS)]
+        return self.defaults.model or next(iter(writers), next(name for name, e in entries if e.kind != "judge"))
 
     def specs(self) -> tuple[ModelSpec, ...]:
         """What the engine loads: an entry's own setting, else the server's."""
@@ -160,6 +155,9 @@ class Config(Strict):
                 plain_template=entry.plain_template,
                 view=entry.view,
                 trust_remote_code=self.trust_remote_code,
+                step_marker=entry.step_marker,
+                score_tokens=None if entry.score_tokens is None else tuple(entry.score_tokens),
+                rendering=entry.rendering,
             )
             for name, entry in self.models.items()
         )

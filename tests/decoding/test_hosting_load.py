@@ -73,7 +73,7 @@ def test_a_directory_is_loaded_and_checked(llama: Path) -> None:
         (AutoModel, "llama", {"tie_word_embeddings": True}, "LlamaModel, which has no head"),
     ],
 )
-@pytest.mark.parametrize("entry", [{}, {"kind": "causal"}, {"kind": "judge"}])
+@pytest.mark.parametrize("entry", [{}, {"kind": "causal"}, {"kind": "guard"}])
 def test_what_is_no_language_model_is_refused_by_name(
     tmp_path: Path, auto: Any, arch: str, options: dict[str, Any], message: str, entry: dict[str, Any]
 ) -> None:
@@ -95,9 +95,15 @@ def test_encoders_and_other_heads_are_refused_by_name() -> None:
         assert causal_class(tiny_config("llama", architectures=names)).__name__ == "LlamaForCausalLM"
 
 
-@pytest.mark.parametrize("kind", ["reward", "prm"])
-def test_scorers_are_refused_by_name(llama: Path, kind: str) -> None:
-    assert f"models of kind '{kind}' score texts" in refused(llama, kind=kind)
+def test_a_prm_may_be_a_language_model_that_answers_with_tokens(llama: Path) -> None:
+    runner = load(llama, kind="prm")
+    assert runner.head is None
+    assert runner.width == 96
+    runner.close()
+
+
+def test_unknown_kinds_are_refused(llama: Path) -> None:
+    assert "kind 'oracle' is not one of causal, reward, prm, guard, self_eval" in refused(llama, kind="oracle")
 
 
 @pytest.mark.parametrize(("asked", "got"), [("auto", torch.bfloat16), ("float32", torch.float32)])
