@@ -310,7 +310,8 @@ class Request:
     `prompts` has one id list per term of the policy, in order; `text_model` names the model whose tokenizer
     turns output ids into text; `eos_ids` are the stop ids of the mix, `width` its number of ids. The first term is
     the request's main one. `prediction`: ids that the client expects, if drafts come from them. `constraint` makes one
-    constraint per choice.
+    constraint per choice. `prompt`: what the client sent (a `decoding.text.Prompt`), for searches, which show it to
+    other models too.
     """
 
     id: str
@@ -325,6 +326,7 @@ class Request:
     arrival: float = field(default_factory=time.monotonic)
     prediction: tuple[int, ...] = ()
     constraint: Callable[[], Constraint] | None = None
+    prompt: Any = None
 
     def __post_init__(self) -> None:
         assert len(self.prompts) == len(self.program.policy.terms), "one prompt per term"
