@@ -195,11 +195,15 @@ class TextModel:
             ) from error
 
     def _render_chat(self, messages: Sequence[Message], chat: Chat, needs_template: bool = False) -> list[int]:
+        return self.encode(self.chat_text(messages, chat, needs_template))
+
+    def chat_text(self, messages: Sequence[Message], chat: Chat, needs_template: bool = False) -> str:
+        """What the chat template makes of messages, else the plain view; how, says `chat`. Raises BadRequest."""
         template = self.tokenizer.chat_template
         if not template:
             if needs_template:
                 raise BadRequest(f"The model '{self.id}' has no chat template, so it has no view 'chat'.", "decoding")
-            return self.encode(self._render_plain(Chat(tuple(messages), chat.add_generation_prompt)))
+            return self._render_plain(Chat(tuple(messages), chat.add_generation_prompt))
         keeps_developer = "developer" in str(template)
         roles = [_role(message) for message in messages]
         shown = [
@@ -216,7 +220,7 @@ class TextModel:
             )
         except Exception as error:  # templates raise on messages they do not like, and fail on ones they do not expect
             raise BadRequest(f"The chat template of '{self.id}' refuses these messages: {error}", "messages") from error
-        return self.encode(str(text))
+        return str(text)
 
     def _leading_ids(self) -> list[int]:
         """The ids the tokenizer puts before a text, found by encoding one with and without them."""

@@ -107,6 +107,7 @@ class Reading(Protocol):
 
     model: str
     hidden: bool
+    one_number: bool
 
     def render(self, text: Hypothesis) -> Rendered:
         """What the model is shown. Raises BadRequest for a text that it cannot be shown."""
