@@ -87,10 +87,11 @@ def run(search: Search, params: Auto) -> Steps:
     measure = yield from _measure(search, params)
     difficulty = rate(params, measure)
     row = pick(params, difficulty)
-    search.progress(f"{difficulty}: {row.kind}", measure=measure)
+    search.progress(f"{difficulty}: {row.kind}")
     kind, chosen = build(row, params)
     outcome = yield from kind.run(search, chosen)
-    return replace(outcome, details={**outcome.details, "kind": row.kind, "difficulty": difficulty, "measure": measure})
+    known = None if math.isnan(measure) else measure
+    return replace(outcome, details={**outcome.details, "kind": row.kind, "difficulty": difficulty, "measure": known})
 
 
 def _measure(search: Search, params: Auto) -> Generator[Any, Any, float]:

@@ -50,7 +50,7 @@ class _Partial:
     ahead: Branch
     drafts: Sequence[int] = ()
     nexts: Sequence[tuple[int, float]] = ()
-    value: float = 0.0
+    value: float = -math.inf
 
 
 def run(search: Search, params: Deal) -> Steps:
@@ -75,14 +75,16 @@ def run(search: Search, params: Deal) -> Steps:
         ended += [p for p in kept if p.head and p.head.finished]
         stuck += [p for p in kept if not p.head]
         live = [p for p in kept if p.head and not p.head.finished]
-        search.progress(f"token {step}: the best value is {ranking[0].value:g}", tokens=step, value=ranking[0].value)
+        search.progress(f"token {step}: the best value is {ranking[0].value:g}", tokens=step)
     rest = live + stuck
     yield from drop(p.head for p in rest if p.head and p.head is not p.ahead)
     if rest and not spent(search):  # no more forks: as they would go on
         yield [Run(p.ahead, Until(step=False), greedy(search.sampling)) for p in rest if not p.ahead.finished]
-    return concluded(
-        search, ranked(Candidate(p.ahead, p.value if step else None) for p in ended + rest), details={"steps": step}
-    )
+    return concluded(search, ranked(_candidate(p) for p in ended + rest), details={"steps": step})
+
+
+def _candidate(partial: _Partial) -> Candidate:
+    return Candidate(partial.ahead, partial.value if math.isfinite(partial.value) else None)
 
 
 def _options(live: Sequence[_Partial]) -> Generator[Any, Any, list[_Partial]]:

@@ -46,8 +46,9 @@ def run(search: Search, params: RewardSearch) -> Steps:
         values = [-math.inf if math.isnan(each) else each for each in sums]
         chosen = choose(search, params, values, [token for token, _ in nexts])
         yield from drop([branch, *(child for child in children if child is not children[chosen])])
-        branch, value = children[chosen], rewards[chosen]
-        search.progress(f"token {len(branch.tokens)}: reward {value:g}", tokens=len(branch.tokens), reward=value)
+        branch = children[chosen]
+        value = None if math.isnan(rewards[chosen]) else rewards[chosen]
+        search.progress(f"token {len(branch.tokens)}: reward {rewards[chosen]:g}", tokens=len(branch.tokens))
     if not branch.finished and not spent(search):  # no more forks: as it would go on
         yield Run(branch, Until(step=False))
     return concluded(search, [Candidate(branch, value)])
@@ -56,7 +57,7 @@ def run(search: Search, params: RewardSearch) -> Steps:
 def choose(search: Search, params: RewardSearch, values: list[float], tokens: list[int]) -> int:
     """The index of the greatest value, ties to the lower id; with `sample` drawn from softmax(values / temperature)."""
     best = max(range(len(values)), key=lambda i: (values[i], -tokens[i]))
-    if not params.sample or search.sampling.temperature == 0.0:
+    if not params.sample or search.sampling.temperature == 0.0 or values[best] == -math.inf:
         return best
     weights = [math.exp((value - values[best]) / search.sampling.temperature) for value in values]
     return search.rng.choices(range(len(values)), weights)[0]

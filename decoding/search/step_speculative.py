@@ -55,16 +55,16 @@ def run(search: Search, params: StepSpeculative) -> Steps:
     """Step by step; the base's and the small model's branch are kept at the same text."""
     take = _reward_guided if params.mode == "rsd" else _tilted
     base, small = search.root, (yield Open(search.prompt, params.draft))
-    scores, drafted = list[float](), 0
+    scores, drafted = list[float | None](), 0
     while not base.finished and not small.finished and len(scores) < params.max_steps and not spent(search):
         step = yield from take(search, params, base, small)
         if step is None:  # no more forks: as the base would go on
             yield Run(base)
             break
         base, small = step.base, step.small
-        scores.append(step.score)
+        scores.append(step.score if math.isfinite(step.score) else None)
         drafted += step.drafted
-        search.progress(f"step {len(scores)}: {drafted} drafted", steps=len(scores), drafted=drafted, score=step.score)
+        search.progress(f"step {len(scores)}: {drafted} drafted", steps=len(scores), drafted=drafted)
     answer = small if small.finished and not base.finished else base
     yield from drop({base, small} - {answer})
     details = {"steps": len(scores), "drafted": drafted, "scores": scores}

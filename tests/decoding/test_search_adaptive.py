@@ -109,7 +109,7 @@ def test_ties_prune_the_later_one() -> None:
 def test_a_self_evaluation_model_is_scored_instead() -> None:
     script = Script(go=lambda text, index, greedy: TEXTS[index] + "$", scores=lambda h, s: [0.9 * (h.text == "bbbb")])
     search = ScriptedSearch(script)
-    params = Adaptive(max_samples=9, threshold=0.8, wave=2, self_eval="sure")
+    params = Adaptive(max_samples=9, threshold=0.9, wave=2, self_eval="sure")  # as sure as it must be
     outcome = search.drive(adaptive.run(search, params))
     assert [c.branch.text for c in outcome.candidates] == ["bbbb", "aa", "cccc"]
     assert adaptive.KIND.scorers(params) == ("sure",)

@@ -157,9 +157,21 @@ def test_deal_looks_where_a_text_leads() -> None:
         assert search.drive(deal.run(search, params)).candidates[0].branch.text == text
 
 
-def test_deal_ties_go_to_the_lower_id() -> None:
-    search = ScriptedSearch(language(lambda text: [("$", -0.1)] if text else [("b", -1.0), ("c", -1.0), ("a", -1.0)]))
-    assert search.drive(deal.run(search, Deal(k=3, lookahead=1, scorer="rm"))).candidates[0].branch.text == "a"
+TIED = [("b", -0.5), ("c", -1.0), ("a", -1.0)]  # with 0.5 more for a and c all are -0.5
+
+
+@pytest.mark.parametrize("run", [deal.run, reward_search.run])
+def test_ties_go_to_the_lower_id_and_what_has_no_score_comes_last(run: Any) -> None:
+    params = Deal(k=3, lookahead=1, scorer="rm") if run is deal.run else RewardSearch("rm", k=3)
+    for nothing, text in (("", "a"), ("a", "b"), ("ab", "c"), ("abc", "a")):
+        tables = language(
+            lambda text: [("$", -0.1)] if text else TIED,
+            scores=lambda h, _, nothing=nothing: [math.nan if h.text in nothing else 0.5 * (h.text != "b")],
+        )
+        search = ScriptedSearch(tables)
+        (only,) = search.drive(run(search, params)).candidates
+        assert only.branch.text == text
+        assert only.score is None if nothing == "abc" else math.isfinite(only.score or 0.0)
 
 
 def test_deal_out_of_tokens_answers_with_what_it_looked_ahead() -> None:
@@ -246,6 +258,8 @@ def test_reward_search_draws_from_the_softmax() -> None:
     for char, weight in weights.items():
         share = weight / sum(weights.values())
         assert counts[char] / 2000 == pytest.approx(share, abs=4 * math.sqrt(share / 2000))
+    search = ScriptedSearch(Script(top=lambda text: tops, scores=lambda h, _: []), sampling=sampling)
+    assert search.drive(reward_search.run(search, params)).candidates[0].branch.text == "a"
     search = ScriptedSearch(Script(top=lambda text: tops), sampling=replace(sampling, temperature=0.0))
     assert search.drive(reward_search.run(search, params)).candidates[0].branch.text == "a"
 

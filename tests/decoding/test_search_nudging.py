@@ -90,6 +90,13 @@ def test_a_word_ends_with_the_nudgers_text() -> None:
     assert outcome.candidates[0].branch.model == "base"
 
 
+@pytest.mark.parametrize(("said", "word"), [("Hi\nyou", "Hi"), ("\nHi you", "\nHi"), ("Hi\tyou", "Hi\tyou")])
+def test_words_begin_with_a_space_or_a_newline(said: str, word: str) -> None:
+    script = tables(lambda text: ("$", 0.9) if text else ("x", 0.1), lambda text: said[len(text) :] + "$")
+    search = ScriptedSearch(script, sampling=GREEDY)
+    assert search.drive(nudging_search.run(search, PARAMS)).candidates[0].branch.text == word
+
+
 def test_the_nudger_may_end_the_text() -> None:
     search = ScriptedSearch(
         tables(lambda text: ("x", 0.9 if len(text) < 2 else 0.1), lambda text: "$"), sampling=GREEDY

@@ -218,3 +218,12 @@ def test_what_it_names() -> None:
     kind = step_speculative.KIND
     assert (kind.scorers(GSI), kind.models(GSI)) == (("prm",), ("small",))
     assert (kind.independent(GSI), kind.independent(RSD)) == (2, 1)
+
+
+@pytest.mark.parametrize("params", [RSD, GSI])
+def test_drafts_without_a_score_are_not_kept(params: StepSpeculative) -> None:
+    script = tables(defaultdict(lambda: "s."), defaultdict(lambda: "b$"), lambda steps: [])
+    search = ScriptedSearch(script)
+    outcome = search.drive(step_speculative.run(search, params))
+    assert outcome.candidates[0].branch.text == "b"
+    assert outcome.details == {"steps": 1, "drafted": 0, "scores": [None]}
