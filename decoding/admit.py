@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
-from decoding.core import LOOKUPS, BadRequest, Policy, Request, Role, UnknownModel
+from decoding.core import LOOKUPS, BadRequest, ModelSpec, Policy, Request, Role, UnknownModel
 from decoding.events import AdapterInfo
 from decoding.hosting import ModelRunner
 from decoding.kv import BlockPool, root_key
@@ -22,13 +22,15 @@ from decoding.text import TextModel
 class Hosted:
     """A model as the engine holds it: weights, text side, and the KV memory in bytes that the operator set, if any.
 
-    An adapter is held like a model, with its model's runner.
+    An adapter is held like a model, with its model's runner. `spec`: what the operator said of it.
     """
 
     runner: ModelRunner
     text: TextModel
     kv_memory: int | None = None
     adapter: AdapterInfo | None = None
+    kind: str = "causal"
+    spec: ModelSpec | None = None
 
 
 def make_group(

@@ -67,7 +67,8 @@ from decoding.prepare import Entry, prepare
 from decoding.propose import Proposer
 from decoding.sampling import Drawn, Position, hard_mask
 from decoding.scheduler import Scheduler
-from decoding.scorers.spec import Scorer, ScorerSpec
+from decoding.scorers.build import ScorerModel, check_model, make_scorer
+from decoding.scorers.spec import Remote, Scorer, ScorerSpec
 from decoding.search import known_searches
 from decoding.search.desk import Desk
 from decoding.search.host import Host
@@ -81,7 +82,8 @@ class Engine:
     """Many models, one batch: `Engine(load_models({"base": DIR, ...})).generate(prompts, program)`.
 
     Takes over the runners: it divides the KV memory between them. `judges`: judge heads by the model that they are
-    of. Raises ModelLoadError if the memory is too little.
+    of; `remotes`: scorers elsewhere, by id. Raises ModelLoadError if the memory is too little, or a model cannot score
+    as it is said to.
     """
 
     def __init__(
@@ -89,11 +91,14 @@ class Engine:
         models: Mapping[str, Hosted],
         config: EngineConfig | None = None,
         judges: Mapping[str, JudgeHead] | None = None,
+        remotes: Mapping[str, Remote] | None = None,
     ) -> None:
         self.config = config or EngineConfig()
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
         self.hosted = dict(models)
+        for id, held in self.hosted.items():
+            check_model(scorer_model(id, held))
         self.runners = {id: model.runner for id, model in models.items() if model.adapter is None}
         self.pools: dict[str, BlockPool] = {}
         for id, blocks in divide_kv(self.runners, {i: models[i].kv_memory for i in self.runners}, self.config).items():
@@ -115,7 +120,7 @@ class Engine:
         self._pace = Pace(self._clock)
         self._forwards = Forwards(self.runners, self.scheduler, self._clock, self._fail)
         self._proposer = Proposer(self._forwards.run, generator, self._clock, self._pace)
-        self.judges = dict(judges or {})
+        self.judges, self.remotes = dict(judges or {}), dict(remotes or {})
         self._decider = Decider(self._device, generator, lambda id: self.hosted[id].text, self.judges)
         self._host = Host(
             self.hosted, self.runners, self.scheduler, self.judges, self.catalog, self._make_scorer, self._serials
@@ -421,7 +426,8 @@ class Engine:
         return {info.id: Entry(self.hosted[info.id].text, info) for info in self.models}
 
     def _make_scorer(self, spec: ScorerSpec, model: str) -> Scorer:
-        raise NotImplementedError
+        """The scorer that a request to `model` asks for. Raises BadRequest and EngineFailure."""
+        return make_scorer(spec, {id: scorer_model(id, held) for id, held in self.hosted.items()}, self.remotes, model)
 
     def _tell_progress(self, request_id: str, message: str, numbers: Mapping[str, float]) -> None:
         self._events.append(Progress(request_id, message, tuple(numbers.items())))
@@ -457,7 +463,17 @@ class Engine:
             str(runner.dtype).removeprefix("torch."),
             str(runner.device),
             None if adapter is None else adapter.of,
+            self.hosted[id].kind,
         )
+
+
+def scorer_model(id: str, held: Hosted) -> ScorerModel:
+    """A hosted model as scorers see it."""
+    spec = held.spec or ModelSpec(id, "")
+    kind = "adapter" if held.adapter is not None and held.kind == "causal" else held.kind
+    head = getattr(held.runner, "head", None)
+    tokens = tuple(spec.score_tokens or ())
+    return ScorerModel(id, held.text, kind, held.runner.width, head, spec.step_marker, tokens, spec.rendering)
 
 
 def _adapters(group: Group) -> set[str | None]:

@@ -145,6 +145,7 @@ class Scheduler:
             if sequence.running:
                 self._schedule(sequence, plan)
         plan.tokens = max(plan.tokens, float(self.config.block_size))  # decoding never starves prefill altogether
+        plan.scored = float(self.config.max_scored_tokens) if plan.samples else plan.tokens
         for sequence in sorted(behind, key=lambda s: s.order):
             if sequence.running:
                 self._schedule(sequence, plan)
@@ -275,8 +276,9 @@ class Scheduler:
         (track,) = stream.tracks
         if self.blocks.hit_prefix(stream, track, plan):
             return
-        start = track.num_computed
-        end = min(stream.known(track), start + max(int(plan.tokens / self._price[track.model]), not plan.spans))
+        start, price = track.num_computed, self._price[track.model]
+        most = int(min(plan.tokens, plan.scored) / price)
+        end = min(stream.known(track), start + max(most, not plan.spans))
         rows = max(plan.rows, not plan.spans)
         if len(stream.marks) > rows:
             end = min(end, stream.marks[rows])
@@ -284,6 +286,7 @@ class Scheduler:
         if span.count > 0 and self._reserve(stream, [span]):
             span.marks = [mark for mark in stream.marks if mark < end]
             span.rows = len(span.marks)
+            plan.scored -= span.count * price
             self._served(stream)
             self._put(span, plan)
 

@@ -351,6 +351,7 @@ class Plan:
     pending: dict[str, set[bytes]] = field(default_factory=dict)  # prefix keys that this tick computes, per model
     drafting: list[Sequence] = field(default_factory=list)
     tokens: float = 0.0  # budgets that are left; tokens in units of the dearest model's
+    scored: float = 0.0  # the part of them that scorers' texts may take
     rows: int = 0
 
     def pack(self) -> None:
