@@ -49,6 +49,7 @@ class ScriptedSearch:
     live: set[Branch] = field(default_factory=set)
     generated: int = 0
     exhausted: str | None = None
+    ends: tuple[int, ...] = (ord("$"),)
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
@@ -56,6 +57,10 @@ class ScriptedSearch:
         self._origin: dict[Branch, Prompt] = {self.root: self.prompt}
         self._samplings: dict[Branch, Sampling] = {}
         self._forked = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt) if isinstance(self.prompt, str | tuple) else 0
 
     def progress(self, message: str, **numbers: float) -> None:
         self.messages.append(message)
@@ -96,11 +101,18 @@ class ScriptedSearch:
             case Feed():
                 text = verb.tokens if isinstance(verb.tokens, str) else "".join(map(chr, verb.tokens))
                 self._note("feed", branch.text, text)
+                limit = self._samplings.get(branch, self.sampling).max_tokens
                 lps = []
                 for char in text:
                     lps.append(self.script.lp(branch.text, char))
+                    if ord(char) in self.ends:
+                        branch.finished, branch.logprob = "stop", branch.logprob + lps[-1]
+                        break
                     self._grow(branch, char, lps[-1])
-                self._step(branch, text, verb.step)
+                    if limit is not None and len(branch.tokens) >= limit:
+                        branch.finished = "length"
+                        break
+                self._step(branch, text[: len(lps) - (branch.finished == "stop")], verb.step)
                 return lps if verb.logprobs else None
             case Top():
                 self._note("top", branch.text, verb.k)
@@ -169,7 +181,7 @@ class ScriptedSearch:
         rest = "" if branch.finished else self.script.go(before, branch.path[-1] if branch.path else 0, greedy)
         limit = self._samplings.get(branch, self.sampling).max_tokens
         for char in rest:
-            if self.exhausted:
+            if self.exhausted not in (None, "max_candidates"):
                 break
             if char == "$":
                 branch.finished = "stop"
