@@ -22,7 +22,8 @@ Continue = Callable[[str, int, bool], str]  # (text, index among its siblings, g
 class Script:
     """The tables. go: what a run adds. top: the next characters with log-probs. scores: a scorer's numbers.
 
-    probe: log-probs of choices after text + suffix. lp: the log-prob of each character.
+    probe: log-probs of choices after text + suffix. lp: the log-prob of each character. of: the tables for a model
+    and a prompt, where they are not these.
     """
 
     go: Continue = lambda text, index, greedy: "$"
@@ -30,6 +31,7 @@ class Script:
     scores: Callable[[Hypothesis, Any], Sequence[float]] = lambda hypothesis, scorer: (0.0,)
     probe: Callable[[str, Any, Sequence[Any]], Sequence[float]] = lambda text, suffix, choices: [0.0] * len(choices)
     lp: Callable[[str, str], float] = lambda text, char: -1.0
+    of: Callable[[str, Prompt], Script] | None = None
 
 
 @dataclass(eq=False)
@@ -49,6 +51,8 @@ class ScriptedSearch:
     live: set[Branch] = field(default_factory=set)
     generated: int = 0
     exhausted: str | None = None
+    ends: tuple[int, ...] = (ord("$"),)
+    foreign: Sequence[str] = ()  # models with a tokenizer of their own
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
@@ -56,6 +60,13 @@ class ScriptedSearch:
         self._origin: dict[Branch, Prompt] = {self.root: self.prompt}
         self._samplings: dict[Branch, Sampling] = {}
         self._forked = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt) if isinstance(self.prompt, str | tuple) else 0
+
+    def same_ids(self, a: Branch, b: Branch) -> bool:
+        return a.model == b.model or not {a.model, b.model} & set(self.foreign)
 
     def progress(self, message: str, **numbers: float) -> None:
         self.messages.append(message)
@@ -74,6 +85,10 @@ class ScriptedSearch:
         except StopIteration as end:
             outcome: Outcome = end.value
             return outcome
+
+    def _tables(self, branch: Branch) -> Script:
+        of = self.script.of
+        return of(branch.model, self._origin[branch]) if of else self.script
 
     def _note(self, *entry: Any) -> None:
         self.calls[-1].append(entry)
@@ -99,11 +114,18 @@ class ScriptedSearch:
             case Feed():
                 text = verb.tokens if isinstance(verb.tokens, str) else "".join(map(chr, verb.tokens))
                 self._note("feed", branch.text, text)
+                limit = self._samplings.get(branch, self.sampling).max_tokens
                 lps = []
                 for char in text:
-                    lps.append(self.script.lp(branch.text, char))
+                    lps.append(self._tables(branch).lp(branch.text, char))
+                    if ord(char) in self.ends:
+                        branch.finished, branch.logprob = "stop", branch.logprob + lps[-1]
+                        break
                     self._grow(branch, char, lps[-1])
-                self._step(branch, text, verb.step)
+                    if limit is not None and len(branch.tokens) >= limit:
+                        branch.finished = "length"
+                        break
+                self._step(branch, text[: len(lps) - (branch.finished == "stop")], verb.step)
                 return lps if verb.logprobs else None
             case Top():
                 self._note("top", branch.text, verb.k)
@@ -118,12 +140,12 @@ class ScriptedSearch:
                     branch.logprob,
                     len(branch.tokens),
                 )
-                found = list(self.script.scores(seen, verb.scorer))
+                found = list(self._tables(branch).scores(seen, verb.scorer))
                 self._note("score", branch.text, *found)
                 return found
             case Probe():
                 self._note("probe", branch.text, verb.suffix)
-                return list(self.script.probe(branch.text, verb.suffix, verb.choices))
+                return list(self._tables(branch).probe(branch.text, verb.suffix, verb.choices))
             case Drop():
                 self._note("drop", branch.text)
                 self.live.discard(branch)
@@ -161,7 +183,7 @@ class ScriptedSearch:
             branch.steps[-1] += text
 
     def _top(self, branch: Branch, k: int) -> list[tuple[int, float]]:
-        best = sorted(self.script.top(branch.text), key=lambda entry: (-entry[1], ord(entry[0])))[:k]
+        best = sorted(self._tables(branch).top(branch.text), key=lambda entry: (-entry[1], ord(entry[0])))[:k]
         return [(ord(char), lp) for char, lp in best]
 
     def _run(self, branch: Branch, verb: Run) -> Any:
@@ -169,15 +191,15 @@ class ScriptedSearch:
         greedy = sampling.temperature == 0.0
         before, added = branch.text, ""
         first = self._top(branch, verb.top) if verb.top else []
-        rest = "" if branch.finished else self.script.go(before, branch.path[-1] if branch.path else 0, greedy)
+        rest = "" if branch.finished else self._tables(branch).go(before, branch.path[-1] if branch.path else 0, greedy)
         limit = self._samplings.get(branch, self.sampling).max_tokens
         for char in rest:
-            if self.exhausted:
+            if self.exhausted not in (None, "max_candidates"):
                 break
             if char == "$":
                 branch.finished = "stop"
                 break
-            self._grow(branch, char, self.script.lp(branch.text, char))
+            self._grow(branch, char, self._tables(branch).lp(branch.text, char))
             added += char
             self.generated += 1
             if self.max_tokens is not None and self.generated >= self.max_tokens:
@@ -194,3 +216,32 @@ class ScriptedSearch:
         self._note("greedy" if greedy else "run", before, added)
         tokens = [ord(char) for char in added]
         return (tokens, first) if verb.top else tokens
+
+
+def language(rows: Callable[[str], Sequence[tuple[str, float]]], **tables: Any) -> Script:
+    """A script whose next characters are drawn from `rows`: text to (character, log-prob). Runs can only be greedy."""
+
+    def row(text: str) -> list[tuple[str, float]]:
+        return sorted(rows(text), key=lambda entry: (-entry[1], ord(entry[0])))
+
+    def go(text: str, index: int, greedy: bool) -> str:
+        assert greedy, "a language has no noise"
+        added = ""
+        while len(added) < 100 and not added.endswith("$"):
+            added += row(text + added)[0][0]
+        return added
+
+    return Script(go=go, top=rows, lp=lambda text, char: dict(rows(text))[char], **tables)
+
+
+def spy(steps: Steps, seen: list[list[Verb]]) -> Steps:
+    """The same search, its yields written down."""
+    result: Any = None
+    try:
+        while True:
+            asked = steps.send(result)
+            seen.append(asked if isinstance(asked, list) else [asked])
+            result = yield asked
+    except StopIteration as end:
+        outcome: Outcome = end.value
+        return outcome

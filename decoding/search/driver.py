@@ -83,6 +83,10 @@ class Driver:
             self._root = self._register(state, self.prompt, Branch(model=self.group.request.text_model))
         return self._root
 
+    def same_ids(self, a: Branch, b: Branch) -> bool:
+        """Whether both branches' models have one tokenizer, so that tokens of one may be fed to the other."""
+        return self._host.same_ids(a.model, b.model)
+
     def progress(self, message: str, **numbers: float) -> None:
         """Told to clients that asked for it."""
         if self.plan.progress:

@@ -18,7 +18,7 @@ from decoding.sampling import Drawn
 from decoding.scheduler import Scheduler
 from decoding.scorers.spec import Scorer, ScorerSpec
 from decoding.state import Group, Sequence, Stream
-from decoding.text import Prompt
+from decoding.text import Prompt, shared_vocabulary
 
 MakeScorer = Callable[[ScorerSpec, str], Scorer]  # (what is asked for, the request's main model)
 
@@ -127,6 +127,10 @@ class Host:
         if stream.marks:
             self._copy_blocks(self.scheduler.blocks.rewind(track, stream.marks[0]))
             self.resume(stream)
+
+    def same_ids(self, a: str, b: str) -> bool:
+        """Whether two models have one tokenizer."""
+        return shared_vocabulary(self.hosted[a].text, self.hosted[b].text) is not None
 
     def encode(self, model: str, tokens: Seq[int] | str) -> Seq[int]:
         """Ids of `tokens`, which may be a text to go on with."""

@@ -25,7 +25,7 @@ Log-probabilities are natural, of the policy at temperature 1 before penalties. 
 from __future__ import annotations
 
 import random
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -90,7 +90,10 @@ class Fork:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Feed:
-    """Continue a branch with these tokens, or with a text. step: they are a step of their own."""
+    """Continue a branch with these tokens, or with a text. step: they are a step of their own.
+
+    A token that ends texts finishes the branch, as one that a run draws does.
+    """
 
     branch: Branch
     tokens: Sequence[int] | str
@@ -189,7 +192,9 @@ class Search(Protocol):
 
     root: a branch of the request's own prompt and program. sampling: the request's, the search's own temperature put
     in where the request has none. n: how many choices the client wants. rng: keyed by the request's seed. exhausted:
-    the budget that is used up, if one is: runs then end at once, and the search should end with what it has.
+    the budget that is used up, if one is: runs then end at once, and the search should end with what it has. (Where it
+    is the budget of candidates, only `Fork` and `Open` end; what there is still runs.) ends: the ids that end a text,
+    none with `ignore_eos`. prompt_tokens: how long the root's prompt is, as its main role reads it.
     """
 
     @property
@@ -204,6 +209,14 @@ class Search(Protocol):
     def rng(self) -> random.Random: ...
     @property
     def exhausted(self) -> str | None: ...
+    @property
+    def ends(self) -> Collection[int]: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    def same_ids(self, a: Branch, b: Branch) -> bool:
+        """Whether both branches' models have one tokenizer, so that tokens of one may be fed to the other."""
+        ...
 
     def progress(self, message: str, **numbers: float) -> None:
         """Tell clients that asked for it how far the search is."""

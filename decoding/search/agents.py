@@ -1,0 +1,99 @@
+"""A generator, a verifier and a refiner in turn.
+
+Motwani et al. 2024, MALT: Improving Reasoning with Multi-Agent LLM Training, arXiv:2412.01928, section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from decoding.core import Sampling
+from decoding.search.common import concluded, drop, ranked
+from decoding.search.prompts import asked, check_template, filled, question
+from decoding.search.spec import SearchKind
+from decoding.search.verbs import Branch, Candidate, Open, Run, Search, Steps
+
+VERIFY = """Question:
+{question}
+
+Proposed answer:
+{answer}
+
+Check the proposed answer step by step. Say for each step whether it holds, name every mistake, and end with what an \
+improved answer would have to change.
+
+Review:
+"""
+REFINE = """Question:
+{question}
+
+Proposed answer:
+{answer}
+
+Review of it:
+{review}
+
+Write the final answer to the question. Keep what is right in the proposed answer and mend what the review finds wrong.
+
+Final answer:
+"""
+
+
+def _says(description: str) -> dict[str, str]:
+    return {"description": description}
+
+
+@dataclass(frozen=True, slots=True)
+class Agents:
+    """Parameters of `agents`. Models that are not named are the request's own, with its policy."""
+
+    generator: str | None = field(default=None, metadata=_says("Answers."))
+    verifier: str | None = field(default=None, metadata=_says("Reviews the answer."))
+    refiner: str | None = field(default=None, metadata=_says("Writes the final answer from both."))
+    verify: str = field(
+        default=VERIFY, metadata=_says("What the verifier is shown, with {question} and {answer} in their places.")
+    )
+    refine: str = field(
+        default=REFINE, metadata=_says("What the refiner is shown, with {question}, {answer} and {review}.")
+    )
+
+
+def run(search: Search, params: Agents) -> Steps:
+    """An answer, a review of it, and the answer that is refined by the review."""
+    answer = search.root
+    if params.generator is not None:
+        yield from drop([search.root])
+        answer = yield Open(search.prompt, params.generator)
+    yield Run(answer)
+    search.progress("an answer is there", tokens=len(answer.tokens))
+    found = {"question": question(search.prompt), "answer": answer.text, "review": ""}
+    if not search.exhausted:
+        review: Branch = yield Open(asked(search.prompt, filled(params.verify, found)), params.verifier)
+        yield Run(review)
+        yield from drop([review])
+        found["review"] = review.text
+        search.progress("it is reviewed", tokens=len(review.tokens))
+    candidates = [Candidate(answer, note="not refined")]
+    if not search.exhausted:
+        refined: Branch = yield Open(asked(search.prompt, filled(params.refine, found)), params.refiner)
+        yield Run(refined)
+        candidates.insert(0, Candidate(refined))
+    return concluded(search, ranked(candidates), details={"answer": answer.text, "review": found["review"]})
+
+
+def check(params: Agents, _sampling: Sampling) -> None:
+    """Raises BadRequest for templates without their places."""
+    check_template("verify", params.verify, "answer")
+    check_template("refine", params.refine, "answer", "review")
+
+
+KIND = SearchKind(
+    "agents",
+    "One model answers, one reviews the answer, one refines it.",
+    Agents,
+    run,
+    "y_0 ~ G(x), v ~ V(x, y_0), y ~ R(x, y_0, v)",
+    check,
+    models=lambda params: (params.generator, params.verifier, params.refiner),
+    paper="Motwani et al. 2024, MALT, arXiv:2412.01928",
+)

@@ -1,0 +1,116 @@
+"""Answers revised one after the other, in chains side by side.
+
+Snell et al. 2024, Scaling LLM Test-Time Compute Optimally, arXiv:2408.03314, section 6.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from decoding.answers import check_extraction, extract
+from decoding.core import BadRequest, Sampling
+from decoding.scorers.rules import aggregate
+from decoding.scorers.spec import Aggregate, Hypothesis, ScorerSpec
+from decoding.search.common import MAX_CANDIDATES, concluded, ranked, sample, whole
+from decoding.search.prompts import continued
+from decoding.search.spec import SearchKind
+from decoding.search.verbs import Branch, Candidate, Judge, Open, Run, Search, Steps
+from decoding.search.voting import weighted
+
+REQUEST = "Go through the answer above, find what is wrong or could be better in it, and write an improved answer."
+
+
+def _says(description: str) -> dict[str, str]:
+    return {"description": description}
+
+
+@dataclass(frozen=True, slots=True)
+class Revise:
+    """Parameters of `revise`; chains x length answers in all."""
+
+    chains: int = field(default=1, metadata=_says("Chains of answers, side by side."))
+    length: int = field(default=4, metadata=_says("Answers in each chain, the first one counted."))
+    context: int = field(default=4, metadata=_says("The last answers of a chain that a revision is shown."))
+    scorer: ScorerSpec | None = field(default=None, metadata=_says("Picks the best answer; without it the majority."))
+    aggregate: Aggregate = field(default="last", metadata=_says("How the scores of the steps become one."))
+    answer: Literal["auto", "last_number", "boxed"] = field(
+        default="auto", metadata=_says("Majority: what of a text is its answer.")
+    )
+    answer_regex: str | None = field(
+        default=None, metadata=_says("Majority: the answer is what this matches last, or its group.")
+    )
+    request: str = field(default=REQUEST, metadata=_says("What is said after every earlier answer."))
+
+
+def run(search: Search, params: Revise) -> Steps:
+    """Every answer but a chain's first is asked for with the earlier ones of its chain shown."""
+    chains = [[branch] for branch in (yield from sample(search, params.chains))]
+    for length in range(2, params.length + 1):
+        if search.exhausted:
+            break
+        shown = [[branch.text for branch in chain[-params.context :]] for chain in chains]
+        revisions: list[Branch] = yield [Open(continued(search.prompt, texts, params.request)) for texts in shown]
+        yield [Run(branch) for branch in revisions]
+        for chain, revision in zip(chains, revisions, strict=True):
+            chain.append(revision)
+        search.progress(f"answer {length} of {params.length}", answers=length)
+    answers = [branch for chain in chains for branch in chain]
+    if params.scorer is None:
+        found = by_majority(answers, params.answer if params.answer_regex is None else params.answer_regex)
+    else:
+        found = ranked((yield from _scored(search, params, answers)))
+    return concluded(search, found, details={"chains": [[branch.text for branch in chain] for chain in chains]})
+
+
+def _scored(search: Search, params: Revise, answers: Sequence[Branch]) -> Generator[Any, Any, list[Candidate]]:
+    """All answers as answers to the request itself, whatever they were shown."""
+    assert params.scorer is not None
+    hypotheses = [
+        Hypothesis(search.prompt, tuple(b.steps), b.finished == "stop", b.logprob, len(b.tokens)) for b in answers
+    ]
+    found = yield [Judge(hypothesis, params.scorer) for hypothesis in hypotheses]
+    scores = [aggregate(values, params.aggregate) if values else math.nan for values in found]
+    return [
+        Candidate(branch, None if math.isnan(score) else score, tuple(values))
+        for branch, score, values in zip(answers, scores, found, strict=True)
+    ]
+
+
+def by_majority(branches: Sequence[Branch], how: str) -> list[Candidate]:
+    """The most frequent final answer first, with its number of votes. Only whole texts vote, if there are any."""
+    judged = [Candidate(branch, answer=extract(branch.text, how)) for branch in branches]
+    answered = [each for each in judged if each.answer is not None]
+    voters = [each for each in answered if each.branch.finished == "stop"] or answered
+    order, votes = weighted([each.answer or "" for each in voters], [1.0] * len(voters), [0.0] * len(voters))
+    first = [replace(voters[i], score=votes[i]) for i in order]
+    return [*first, *ranked(each for each in judged if each not in voters)]
+
+
+def check(params: Revise, _sampling: Sampling) -> None:
+    """Raises BadRequest for parameters out of range."""
+    whole("chains", params.chains, 1, MAX_CANDIDATES)
+    whole("length", params.length, 1, MAX_CANDIDATES)
+    whole("context", params.context, 1)
+    if params.chains * params.length > MAX_CANDIDATES:
+        raise BadRequest(f"'chains' times 'length' must be at most {MAX_CANDIDATES}.", "length")
+    if params.answer_regex is not None:
+        check_extraction(params.answer_regex, "answer_regex")
+    if not params.request.strip():
+        raise BadRequest("'request' must say what is to be done with an answer.", "request")
+
+
+KIND = SearchKind(
+    "revise",
+    "The model revises its own answers, one after the other; the best or the most frequent one wins.",
+    Revise,
+    run,
+    "y_{i+1} ~ P(. | x, y_{i-3}, .., y_i); best by scorer or majority",
+    check,
+    scorers=lambda params: (params.scorer,),
+    temperature=0.8,
+    independent=lambda params: params.chains,
+    paper="Snell et al. 2024, arXiv:2408.03314",
+)

@@ -1,0 +1,187 @@
+"""Searches on the real engine: token-level ones are their definitions, all of them leave nothing behind."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from decoding import search
+from decoding.core import BadRequest, Policy, Program, Role, Sampling, SearchPlan, Term
+from decoding.engine import Engine
+from decoding.events import Usage
+from decoding.generate import Completion
+from decoding.scorers.spec import Hypothesis
+from decoding.search import (
+    adaptive,
+    agents,
+    cascade,
+    deal,
+    nudging_search,
+    revise,
+    reward_search,
+    selective,
+    step_speculative,
+    tree_prompt,
+)
+from decoding.search.spec import SearchKind
+from tests.fakes import EOS, TableModel, random_table, table_engine
+
+PROMPT = "a prompt of letters"
+LETTERS = torch.full((257,), -torch.inf)
+LETTERS[[*b"abcdefgh ", EOS]] = 0.0
+LETTERS[EOS] = -1.0
+
+
+class Hash:
+    """A rule: a number from 0 to 3 that only the text decides."""
+
+    def score(self, text: Hypothesis) -> list[float]:
+        return [value(text.text)]
+
+
+def value(text: str) -> float:
+    return random.Random(f"v {text}").random() * 3
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """A base and a small model that say letters; the base remembers three of them."""
+    models = {
+        name: TableModel(name, random_table(seed, scale=1.5) + LETTERS, memory=3)
+        for seed, name in enumerate(("base", "small"))
+    }
+    made = table_engine(models, blocks=4096)
+    made._host.make_scorer = lambda spec, model: Hash()  # type: ignore[assignment]
+    before = dict(search.HIDDEN)
+    yield made
+    search.HIDDEN.clear()
+    search.HIDDEN.update(before)
+
+
+def answered(
+    engine: Engine, kind: SearchKind, params: Any, sampling: Sampling, prompt: Any = PROMPT
+) -> tuple[Completion, Usage]:
+    kind.check(params, sampling)
+    search.HIDDEN[kind.name] = kind
+    policy = Policy((Term("base", Role("base")),))
+    plan = SearchPlan(kind.name, params, candidates=True)
+    (made,) = engine.generate(prompt, Program("plain", policy, search=plan), sampling)
+    engine.check()
+    assert made.usage is not None
+    return made, made.usage
+
+
+def best(ids: list[int], k: int) -> list[tuple[int, float]]:
+    model = TableModel("base", random_table(0, scale=1.5) + LETTERS, memory=3)
+    lps = torch.log_softmax(model.row([*PROMPT.encode(), *ids]), 0)
+    return [(int(i), float(lps[i])) for i in torch.argsort(-lps, stable=True)[:k]]
+
+
+def look_ahead(ids: list[int], count: int, room: int) -> str:
+    for _ in range(count):
+        token = best(ids, 1)[0][0]
+        if token == EOS or len(ids) == room:
+            break
+        ids = [*ids, token]
+    return bytes(ids).decode()
+
+
+@pytest.mark.parametrize(("k", "length", "weight"), [(4, 3, 1.0), (3, 6, 3.0), (5, 1, 0.3)])
+def test_deal_is_its_definition(engine: Engine, k: int, length: int, weight: float) -> None:
+    """And each token costs as many passes as it looks ahead, or one more where the chosen text was not computed."""
+    ids: list[int] = []
+    while len(ids) < 20:
+        options = []
+        for token, lp in best(ids, k):
+            text = bytes(ids).decode() if token == EOS else look_ahead([*ids, token], length, 20)
+            options.append((lp + weight * value(text), -token))
+        ids.append(-max(options)[1])
+        if ids[-1] == EOS:
+            break
+    params = deal.Deal(k=k, lookahead=length, weight=weight, scorer="rule")
+    made, usage = answered(engine, deal.KIND, params, Sampling(max_tokens=20, temperature=0.0))
+    assert list(made.token_ids) == ids
+    assert dict(usage.forwards)["base"] <= 1 + (length + 1) * len(ids)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 2.0])
+def test_reward_search_is_its_definition(engine: Engine, weight: float) -> None:
+    ids: list[int] = []
+    while len(ids) < 20 and ids[-1:] != [EOS]:
+        options = []
+        for token, lp in best(ids, 5):
+            said = [*ids, token] if token != EOS else ids
+            options.append((lp + weight * value(bytes(said).decode()), -token))
+        ids.append(-max(options)[1])
+    params = reward_search.RewardSearch("rule", k=5, weight=weight)
+    made, usage = answered(engine, reward_search.KIND, params, Sampling(max_tokens=20))
+    assert list(made.token_ids) == ids
+    assert dict(usage.forwards)["base"] == len(ids)
+
+
+REFERENCES = (cascade.Reference("a", "b", True), cascade.Reference("c", "d", False))
+SHORT = "{reference_query}{reference_answer}{query}{answer}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "params"),
+    [
+        (deal.KIND, deal.Deal(k=3, lookahead=4, beams=3, scorer="rule")),
+        (reward_search.KIND, reward_search.RewardSearch("rule", k=4, sample=True)),
+        (adaptive.KIND, adaptive.Adaptive(max_samples=6, wave=3, prune_at=4, threshold=1.0)),
+        (adaptive.KIND, adaptive.Adaptive(max_samples=4, wave=3, self_eval="rule")),
+        (revise.KIND, revise.Revise(chains=2, length=3)),
+        (revise.KIND, revise.Revise(chains=2, length=3, scorer="rule")),
+        (agents.KIND, agents.Agents(generator="small", verify="{answer}?", refine="{answer}{review}")),
+        (tree_prompt.KIND, tree_prompt.TreePrompt()),
+        (selective.KIND, selective.Selective("rule", 1.5)),
+        (cascade.KIND, cascade.Cascade("small", REFERENCES, compare=SHORT)),
+        (step_speculative.KIND, step_speculative.StepSpeculative("small", "rule", separator=" ", threshold=1.5)),
+        (step_speculative.KIND, step_speculative.StepSpeculative("small", "rule", "gsi", step_tokens=3, beta=1.0, u=1)),
+        (nudging_search.KIND, nudging_search.NudgingSearch("small", 0.5)),
+    ],
+    ids=lambda it: it.name if isinstance(it, SearchKind) else "",
+)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_search_gives_its_text_again_for_a_seed_and_frees_all(
+    engine: Engine, kind: SearchKind, params: Any, seed: int
+) -> None:
+    sampling = Sampling(max_tokens=24, seed=seed)
+    first, usage = answered(engine, kind, params, sampling)
+    again, _ = answered(engine, kind, params, sampling)
+    assert first.text == again.text
+    assert usage.search is not None
+    assert usage.search.candidates[0].text == first.text
+    assert usage.search.exhausted is None
+
+
+@pytest.mark.parametrize("kind", [deal, reward_search])
+def test_nothing_but_the_model_where_the_reward_does_not_count(engine: Engine, kind: Any) -> None:
+    params = deal.Deal(weight=0.0, scorer="rule") if kind is deal else reward_search.RewardSearch("rule", weight=0.0)
+    greedy = Sampling(max_tokens=20, temperature=0.0)
+    (plain,) = engine.generate(PROMPT, Program("plain", Policy((Term("base", Role("base")),))), greedy)
+    assert answered(engine, kind.KIND, params, greedy)[0].token_ids == plain.token_ids
+
+
+def test_nudging_never_is_the_base_alone(engine: Engine) -> None:
+    for penalty in (1.0, 1.3):
+        greedy = Sampling(max_tokens=20, temperature=0.0, repetition_penalty=penalty)
+        (plain,) = engine.generate(PROMPT, Program("plain", Policy((Term("base", Role("base")),))), greedy)
+        params = nudging_search.NudgingSearch("small", 0.0)
+        assert answered(engine, nudging_search.KIND, params, greedy)[0].token_ids == plain.token_ids
+
+
+def test_nudging_always_is_the_nudger_alone(engine: Engine) -> None:
+    greedy = Sampling(max_tokens=20, temperature=0.0)
+    (plain,) = engine.generate(PROMPT, Program("plain", Policy((Term("base", Role("small")),))), greedy)
+    made, _ = answered(engine, nudging_search.KIND, nudging_search.NudgingSearch("small", 1.0), greedy)
+    assert made.text == plain.text
+
+
+def test_token_ids_cannot_be_rewritten(engine: Engine) -> None:
+    with pytest.raises(BadRequest, match="not token ids"):
+        answered(engine, revise.KIND, revise.Revise(), Sampling(max_tokens=5), (1, 2, 3))
