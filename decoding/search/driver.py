@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from decoding.state import Sequence as State
 from decoding.text import Prompt
 
 MAX_BRANCHES = 1024  # forked and opened, of one search that sets no bound of its own
+CANDIDATES = "max_candidates"
 REALIGN = 3  # tokens that must agree for a text to go on with drafts after it has left them
 Emit = Callable[[str, dict[str, float]], None]
 
@@ -82,6 +83,16 @@ class Driver:
             self._host.rest(state)
             self._root = self._register(state, self.prompt, Branch(model=self.group.request.text_model))
         return self._root
+
+    @property
+    def ends(self) -> Collection[int]:
+        """Ids that end a text."""
+        return () if self.sampling.ignore_eos else self.group.request.eos_ids
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the root's prompt, as its main role reads it."""
+        return len(self.group.request.prompts[0])
 
     def same_ids(self, a: Branch, b: Branch) -> bool:
         """Whether both branches' models have one tokenizer, so that tokens of one may be fed to the other."""
@@ -188,7 +199,7 @@ class Driver:
     def _open(self, verb: Open) -> Work:
         yield from ()
         if not self._left.take():
-            self.exhausted = self.exhausted or "max_candidates"
+            self.exhausted = self.exhausted or CANDIDATES
         state = self._host.open(self.group, verb.prompt, verb.program, verb.sampling or self.sampling)
         self._opened += 1
         state.path = (-self._opened,)
@@ -198,7 +209,7 @@ class Driver:
         state, branch = node.state, node.branch
         count = self._left.take(n)
         if count < n:
-            self.exhausted = self.exhausted or "max_candidates"
+            self.exhausted = self.exhausted or CANDIDATES
         if count > 1 and any(state.target(track) - track.num_computed > 1 for track in state.tracks):
             yield from self._reach(node, Goal())  # once, for all of them
         children = []
@@ -248,7 +259,7 @@ class Driver:
         start, text = len(branch.tokens), branch.text
         goal = Goal(draws=True, separator=verb.until.separator, budget=self._tokens, top=verb.top)
         goal.length = None if verb.until.tokens is None else start + max(1, verb.until.tokens)
-        if not branch.finished and self.exhausted is None:
+        if not branch.finished and not self._spent:
             state.sampling = _drawn_as(state.group.request.sampling, verb.sampling)
             drafter = state.draft
             if verb.drafts:
@@ -304,9 +315,14 @@ class Driver:
         self._host.rest(state)
         state.next_row = len(state.output) - 1
 
+    @property
+    def _spent(self) -> bool:
+        """Whether nothing may be generated any more; without branches to fork, what there is still runs."""
+        return self.exhausted is not None and self.exhausted != CANDIDATES
+
     def _reached(self, state: State, goal: Goal) -> bool:
         if goal.draws:
-            return goal.ended or self.exhausted is not None
+            return goal.ended or self._spent
         return state.rows_wanted <= 0 and all(track.num_computed >= state.target(track) for track in state.tracks)
 
     def _register(self, state: State, prompt: Prompt, branch: Branch) -> Branch:
@@ -335,9 +351,9 @@ class Driver:
             branch.steps[-1] += text
 
     def _look_at_budgets(self) -> None:
-        if self.exhausted is None and self._tokens.left == 0:
+        if not self._spent and self._tokens.left == 0:
             self.exhausted = "max_total_tokens"
-        if self.exhausted is None and self._deadline is not None and time.monotonic() >= self._deadline:
+        if not self._spent and self._deadline is not None and time.monotonic() >= self._deadline:
             self.exhausted = "max_seconds"
 
 

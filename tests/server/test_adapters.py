@@ -99,8 +99,6 @@ def test_adapters_are_served_as_models(root: Path) -> None:
         ("a: {path: x}, b: {path: y, of: a}", r"models\.b\.of: only adapter and judge"),
         ("a: {path: x}, b: {path: y, kind: adapter, of: a, dtype: float32}", r"models\.b\.dtype: .*its model 'a'"),
         ("a: {path: x}, b: {path: y, kind: adaptor, of: a}", r"models\.b\.kind: "),
-        ("a: {path: x}, b: {path: y, kind: reward}", r"models\.b\.kind: models of kind reward score texts"),
-        ("a: {path: x}, b: {path: y, kind: prm}", r"models\.b\.kind: .*autoregressive reward model"),
     ],
 )
 def test_bad_entries_name_the_key(tmp_path: Path, models: str, message: str) -> None:
