@@ -113,5 +113,7 @@ def collect(step: Callable[[], list[Event]], requests: Seq[Request]) -> list[Com
                     choice.usage = event.usage
                 open_ids.discard(event.request_id)
             elif isinstance(event, Failed):
-                raise (BadRequest if event.kind == "BadRequest" else EngineFailure)(event.message)
+                if event.kind in ("BadRequest", "UnknownModel"):
+                    raise BadRequest(event.message, event.param, event.code)
+                raise EngineFailure(event.message)
     return [choice for request in requests for choice in choices[request.id]]

@@ -49,6 +49,9 @@ def prepare(
     text that the answer may repeat, `constraint` makes what restricts each choice's tokens. Raises BadRequest (code
     `context_length_exceeded` if the prompt is too long) and UnknownModel.
     """
+    from decoding.search.settle import settle_search  # searches ask for prompts to be prepared themselves
+
+    sampling = settle_search(program, sampling, n, catalog)
     terms = program.policy.terms
     if len(terms) > MAX_TERMS:
         raise BadRequest(f"The policy has {len(terms)} terms; at most {MAX_TERMS} can be mixed.", "decoding")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields, replace
+from typing import Any
+
+from decoding.core import Policy, Program, Role, SearchPlan, Term
 from decoding.search import (
     adaptive,
     agents,
@@ -14,6 +18,7 @@ from decoding.search import (
     nudging_search,
     revise,
     reward_search,
+    score_texts,
     selective,
     step_speculative,
     token_beam,
@@ -42,7 +47,34 @@ _KINDS: tuple[SearchKind, ...] = (
     auto.KIND,
 )
 SEARCHES: dict[str, SearchKind] = {kind.name: kind for kind in _KINDS}
-HIDDEN: dict[str, SearchKind] = {}
+HIDDEN: dict[str, SearchKind] = {score_texts.KIND.name: score_texts.KIND}
+
+
+def table() -> str:
+    """The searches as a Markdown table."""
+    lines = ["| search | what it does | parameters (default) | source |", "|---|---|---|---|"]
+    for name, kind in SEARCHES.items():
+        shown = []
+        for each in fields(kind.params):
+            known = each.default is not MISSING and each.default is not None and not isinstance(each.default, tuple)
+            short = known and len(str(each.default)) < 20
+            value = repr(each.default).replace("|", "\\|") if isinstance(each.default, str) else each.default
+            shown.append(f"`{each.name}`" + (f" ({value})" if short else ""))
+        lines.append(f"| `{name}` | {kind.summary} | {', '.join(shown)} | {kind.paper} |")
+    return "\n".join(lines)
+
+
+def searching(kind: str, policy: Program | str, **params: Any) -> Program:
+    """A search over a policy, or over a model alone, for `Engine.generate`. Raises KeyError for an unknown kind.
+
+    Budgets and the like (see `SearchPlan`) stand beside the kind's own parameters.
+    """
+    own = {each.name for each in fields(SEARCHES[kind].params)}
+    mine = {name: value for name, value in params.items() if name in own}
+    rest = {name: value for name, value in params.items() if name not in own}
+    if isinstance(policy, str):
+        policy = Program("plain", Policy((Term("base", Role(policy)),)))
+    return replace(policy, search=SearchPlan(kind, SEARCHES[kind].params(**mine), **rest))
 
 
 def known_searches() -> dict[str, SearchKind]:

@@ -1,0 +1,58 @@
+"""Scores of texts that are already there; what `/v1/score` runs. Not offered as a search."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+from decoding.scorers.rules import aggregate
+from decoding.scorers.spec import Aggregate, Hypothesis, ScorerParams, ScorerSpec
+from decoding.search.spec import SearchKind
+from decoding.search.verbs import Branch, Candidate, Drop, Feed, Judge, Open, Outcome, Score, Search, Steps
+from decoding.text import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreTexts:
+    """texts: (prompt, answer in steps). writer: the model whose likelihood is meant, if the scorer asks for one."""
+
+    texts: tuple[tuple[Prompt, tuple[str, ...]], ...]
+    scorer: ScorerSpec
+    aggregate: Aggregate = "last"
+    writer: str | None = None
+
+
+def run(search: Search, params: ScoreTexts) -> Steps:
+    """One candidate per text, in their order."""
+    if _weighs(params.scorer):
+        found: list[list[float]] = yield from _under_the_policy(params)
+    else:
+        found = yield [Judge(Hypothesis(prompt, steps, True), params.scorer) for prompt, steps in params.texts]
+    return Outcome(
+        [
+            Candidate(Branch(), aggregate(values, params.aggregate), tuple(values), "".join(steps))
+            for values, (_, steps) in zip(found, params.texts, strict=True)
+        ]
+    )
+
+
+def _under_the_policy(params: ScoreTexts) -> Generator[Any, Any, list[list[float]]]:
+    """Scores that need the texts' log-probabilities: each is fed to the model."""
+    branches = yield [Open(prompt, params.writer) for prompt, _ in params.texts]
+    for place in range(max(len(steps) for _, steps in params.texts)):
+        fed = [(b, steps[place]) for b, (_, steps) in zip(branches, params.texts, strict=True) if place < len(steps)]
+        yield [Feed(branch, step, step=True, logprobs=True) for branch, step in fed]
+    found: list[list[float]] = yield [Score(branch, params.scorer) for branch in branches]
+    yield [Drop(branch) for branch in branches]
+    return found
+
+
+def _weighs(scorer: ScorerSpec) -> bool:
+    """Whether it, or a part of it, reads the policy's log-probability."""
+    if not isinstance(scorer, ScorerParams):
+        return False
+    return scorer.rule in ("likelihood", "mean_likelihood") or any(_weighs(part) for part in scorer.parts)
+
+
+KIND = SearchKind("score", "Scores of given texts.", ScoreTexts, run, scorers=lambda params: (params.scorer,))
