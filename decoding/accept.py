@@ -62,7 +62,7 @@ class Check:
     @property
     def weighs(self) -> bool:
         """Whether its drafts are weighed by probabilities; else each row has a token of its own to compare with."""
-        return bool(self.drafts) and not self.rule.keyed and self.sequence.group.request.sampling.temperature > 0
+        return bool(self.drafts) and not self.rule.keyed and self.sequence.sampling.temperature > 0
 
 
 def verify(z: torch.Tensor, checks: Seq[Check], generator: torch.Generator) -> list[list[Drawn]]:

@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
-from decoding.core import LOOKUPS, BadRequest, Policy, Request, Role, UnknownModel
+from decoding.core import LOOKUPS, BadRequest, ModelSpec, Policy, Request, Role, UnknownModel
 from decoding.events import AdapterInfo
 from decoding.hosting import ModelRunner
 from decoding.kv import BlockPool, root_key
@@ -22,13 +22,15 @@ from decoding.text import TextModel
 class Hosted:
     """A model as the engine holds it: weights, text side, and the KV memory in bytes that the operator set, if any.
 
-    An adapter is held like a model, with its model's runner.
+    An adapter is held like a model, with its model's runner. `spec`: what the operator said of it.
     """
 
     runner: ModelRunner
     text: TextModel
     kv_memory: int | None = None
     adapter: AdapterInfo | None = None
+    kind: str = "causal"
+    spec: ModelSpec | None = None
 
 
 def make_group(
@@ -64,13 +66,14 @@ def make_group(
     source = None
     if spec is not None and spec.draft in LOOKUPS:
         source = Source(request.prediction if spec.draft == "prediction" else request.prompts[0])
-    for index in range(request.n):
+    searches = request.program.search is not None
+    for index in range(1 if searches else request.n):
         tracks = [
             Track(model, prompt, _root(model, adapter, request.salt, hosted), adapter)
             for model, adapter, prompt in views
         ]
         text = OutputText(hosted[request.text_model].text, request)
-        sequence = Sequence(group, index, (index,), tracks, text)
+        sequence = Sequence(group, index, () if searches else (index,), tracks, text, request.sampling)
         if request.sampling.prompt_logprobs is not None and index == 0:
             sequence.next_row = -_scored(request.prompts[0], tracks) - 1
         if request.constraint is not None:
@@ -107,6 +110,27 @@ def _draft(sequence: Sequence, source: Source | None, hosted: Mapping[str, Hoste
             return Draft(spec, sequence.tracks[track], track, bonus=bonus)
     root = _root(role.model, role.adapter, request.salt, hosted)
     return Draft(spec, Track(role.model, request.prompts[0], root, role.adapter), bonus=bonus)
+
+
+def copy_draft(root: Sequence, child: Sequence) -> Draft | None:
+    """How `child`, which begins as `root` does, drafts."""
+    theirs = root.draft
+    if theirs is None:
+        return None
+    made = Draft(theirs.spec, bonus=theirs.bonus, broken=theirs.broken, role=theirs.role)
+    if theirs.role is not None:
+        made.track = child.tracks[theirs.role]
+    elif theirs.track is not None:
+        made.track = replace(theirs.track, blocks=[], num_computed=0, keys=[], published=0)
+    elif theirs.lookup is not None:
+        made.lookup = theirs.lookup.fork()
+    return made
+
+
+def stream_track(model: str, salt: str, hosted: Mapping[str, Hosted]) -> Track:
+    """An empty track of `model`, which may be an adapter. Raises UnknownModel."""
+    role = resolve(Role(model), hosted)
+    return Track(role.model, (), _root(role.model, role.adapter, salt, hosted), role.adapter)
 
 
 def resolve(role: Role, hosted: Mapping[str, Hosted]) -> Role:

@@ -11,11 +11,11 @@ from decoding.state import Sequence
 
 
 def append(sequence: Sequence, drawn: Seq[Drawn], weights: Seq[Seq[float]] | None) -> Delta:
-    """Append the drawn tokens, up to the first stop; returns what is told of them.
+    """Append the drawn tokens, up to the first stop or the end of a search's goal; returns what is told of them.
 
     weights: a solver's for each token. Penalty counts, solver and constraint move on with every token.
     """
-    group, sampling = sequence.group, sequence.group.request.sampling
+    group, sampling, goal = sequence.group, sequence.group.request.sampling, sequence.goal
     ids: list[int] = []
     pieces: list[str] = []
     reason: FinishReason | None = None
@@ -23,6 +23,9 @@ def append(sequence: Sequence, drawn: Seq[Drawn], weights: Seq[Seq[float]] | Non
     for i, each in enumerate(drawn):
         token = each.token
         assert token is not None, "the caller has looked"
+        if goal is not None and not goal.budget.take():
+            goal.ended = True
+            break
         sequence.output.append(token)
         sequence.counts[token] = sequence.counts.get(token, 0) + 1
         if group.policy.solver is not None and weights is not None:
@@ -32,7 +35,10 @@ def append(sequence: Sequence, drawn: Seq[Drawn], weights: Seq[Seq[float]] | Non
         piece, reason, stop_reason = _progress(sequence, token)
         ids.append(token)
         pieces.append(piece)
-        if reason is not None:
+        if goal is not None:
+            parted = goal.sees(sequence.text.raw)
+            goal.ended = reason is not None or parted or len(sequence.output) == goal.length
+        if reason is not None or (goal is not None and goal.ended):
             break
     sequence.next_row = len(sequence.output) - 1
     told = drawn[: len(ids)]
@@ -41,7 +47,7 @@ def append(sequence: Sequence, drawn: Seq[Drawn], weights: Seq[Seq[float]] | Non
         sequence.index,
         tuple(ids),
         "".join(pieces),
-        tuple(each.logprob for each in told if each.logprob) if sampling.logprobs is not None else (),
+        tuple(each.logprob for each in told if each.logprob) if sampling.logprobs is not None or goal else (),
         reason,
         stop_reason,
         tuple(each.trace for each in told if each.trace),

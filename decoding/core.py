@@ -310,7 +310,8 @@ class Request:
     `prompts` has one id list per term of the policy, in order; `text_model` names the model whose tokenizer
     turns output ids into text; `eos_ids` are the stop ids of the mix, `width` its number of ids. The first term is
     the request's main one. `prediction`: ids that the client expects, if drafts come from them. `constraint` makes one
-    constraint per choice.
+    constraint per choice. `prompt`: what the client sent (a `decoding.text.Prompt`), for searches, which show it to
+    other models too.
     """
 
     id: str
@@ -325,6 +326,7 @@ class Request:
     arrival: float = field(default_factory=time.monotonic)
     prediction: tuple[int, ...] = ()
     constraint: Callable[[], Constraint] | None = None
+    prompt: Any = None
 
     def __post_init__(self) -> None:
         assert len(self.prompts) == len(self.program.policy.terms), "one prompt per term"
@@ -345,6 +347,9 @@ class ModelSpec:
     plain_template: str | None = None
     view: str | None = None
     trust_remote_code: bool = False
+    step_marker: str | None = None
+    score_tokens: tuple[str, ...] | None = None
+    rendering: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,7 +357,8 @@ class EngineConfig:
     """Engine-wide settings. Memory in bytes; `kv_memory` None takes a share of what is free after loading.
 
     `compile_from`: a model with fewer parameters is not compiled and starts at once, for half a millisecond a tick.
-    `adapters`: some may be loaded while it serves, which `warm_up` then prepares for.
+    `adapters`: some may be loaded while it serves, which `warm_up` then prepares for. `max_scored_tokens`: of scorers'
+    texts in a tick in which hypotheses wait for their next token (in units of the dearest model's tokens).
     """
 
     kv_memory: int | None = None
@@ -360,6 +366,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 1024
     max_logit_rows: int = 512
+    max_scored_tokens: int = 64
     max_queue: int = 1024
     prefix_cache: bool = True
     compile: bool = True

@@ -14,7 +14,7 @@ from decoding.hosting import Rows
 from decoding.judge import JudgeHead
 from decoding.mix import mix
 from decoding.sampling import Drawn, Position, hard_mask, log_softmax_rows, token_logprobs
-from decoding.state import Group, Sample, Sequence
+from decoding.state import Group, Sample, Sequence, Told
 from decoding.text import TextModel
 from decoding.trace import Chosen, trace
 
@@ -23,12 +23,15 @@ from decoding.trace import Chosen, trace
 class Decision:
     """tokens: what each sequence that is due gets, drafts first. weights: a solver's, [J] per token of a sequence.
 
-    scored: log-probs of prompt ids, by request.
+    scored: log-probs of prompt ids, by request. told, fed: what goals of searches want to know of the next row, and the
+    log-probs of ids that were fed.
     """
 
     tokens: dict[Sequence, list[Drawn]] = field(default_factory=dict)
     weights: dict[Sequence, list[list[float]]] = field(default_factory=dict)
     scored: list[tuple[Group, list[TokenLogprob]]] = field(default_factory=list)
+    told: dict[Sequence, Told] = field(default_factory=dict)
+    fed: dict[Sequence, list[float]] = field(default_factory=dict)
 
 
 class Decider:
@@ -48,6 +51,7 @@ class Decider:
         """Everything that the samples' rows decide. Changes nothing: a batch that failed may be tried again."""
         mixed = mix(samples, rows, self._allowed, self._starts)
         decision = Decision(scored=_score_prompts(samples, mixed.z))
+        _tell(samples, mixed.z, decision)
         due: list[Sample] = []
         index: list[int] = []  # the rows of z that draw tokens
         firsts: list[int] = []
@@ -124,6 +128,37 @@ def _score_prompts(samples: Seq[Sample], z: torch.Tensor) -> list[tuple[Group, l
             found.append((group, token_logprobs(lp, prompt[at : at + scored], k)))
         row += sample.count
     return found
+
+
+def _tell(samples: Seq[Sample], z: torch.Tensor, decision: Decision) -> None:
+    """What goals want to know of z's rows [S, W], before the processors edit them."""
+    row = 0
+    for sample in samples:
+        first, row = row, row + sample.count
+        sequence, goal = sample.sequence, sample.sequence.goal
+        if goal is None:
+            continue
+        width = sequence.group.width
+        fed = [i for i in range(sample.count - sample.drafts) if 0 <= sample.first + i + 1 < len(sequence.output)]
+        if fed:
+            lp = torch.log_softmax(z[first : first + len(fed), :width], 1)
+            tokens = torch.tensor([sequence.output[sample.first + i + 1] for i in fed], device=z.device)
+            decision.fed[sequence] = lp.gather(1, tokens[:, None])[:, 0].tolist()
+        if sample.ends and goal.told is None and (goal.top or goal.choices):
+            lp = torch.log_softmax(z[row - sample.drafts - 1, :width], 0)
+            choices = lp[torch.tensor(goal.choices, dtype=torch.int64, device=z.device)].tolist()
+            mask = hard_mask(Position(sequence), width, z.device)
+            if mask is not None:
+                lp = lp.masked_fill(~mask, -torch.inf)
+            decision.told[sequence] = Told(_best(lp, goal.top), choices)
+
+
+def _best(lp: torch.Tensor, k: int) -> list[tuple[int, float]]:
+    """The k likeliest tokens of lp [W], best first, ties to the lower id; none that are impossible."""
+    if not k:
+        return []
+    (entry,) = token_logprobs(lp[None], [0], k)
+    return [(token, value) for token, value in entry.top if value > -torch.inf]
 
 
 def _trace(due: Seq[Sample], decision: Decision, rows: Mapping[str, Rows]) -> None:

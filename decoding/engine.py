@@ -11,6 +11,8 @@ Single-threaded: whoever owns the engine calls `submit`, `abort` and `step` in t
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import os
 import time
@@ -28,6 +30,7 @@ from decoding.core import (
     BadRequest,
     Constraint,
     EngineConfig,
+    EngineFailure,
     ModelLoadError,
     ModelSpec,
     Overloaded,
@@ -39,21 +42,23 @@ from decoding.core import (
     Term,
     UnknownModel,
 )
-from decoding.decide import Decider, Decision, add_drafted_rows, judged
+from decoding.decide import Decider, Decision
 from decoding.events import (
     Delta,
     Done,
     Event,
     Failed,
     ModelInfo,
-    ModelStats,
+    Progress,
     PromptLogprobs,
+    SearchReport,
     Stats,
     TokenLogprob,
     Usage,
 )
+from decoding.forwards import Forwards
 from decoding.generate import Completion, collect
-from decoding.hosting import Rows, SpanInput
+from decoding.hosting import Rows
 from decoding.judge import JudgeHead
 from decoding.kv import BlockPool
 from decoding.memory import divide_kv
@@ -62,7 +67,12 @@ from decoding.prepare import Entry, prepare
 from decoding.propose import Proposer
 from decoding.sampling import Drawn, Position, hard_mask
 from decoding.scheduler import Scheduler
-from decoding.state import Draft, Group, Plan, Sample, Sequence, Span
+from decoding.scorers.build import ScorerModel, check_model, make_scorer
+from decoding.scorers.spec import Remote, Scorer, ScorerSpec
+from decoding.search import known_searches
+from decoding.search.desk import Desk
+from decoding.search.host import Host
+from decoding.state import Group, Plan, Sample, Sequence
 from decoding.text import Chat, Prompt, TextModel
 
 logger = logging.getLogger("trimtab.engine")
@@ -72,7 +82,8 @@ class Engine:
     """Many models, one batch: `Engine(load_models({"base": DIR, ...})).generate(prompts, program)`.
 
     Takes over the runners: it divides the KV memory between them. `judges`: judge heads by the model that they are
-    of. Raises ModelLoadError if the memory is too little.
+    of; `remotes`: scorers elsewhere, by id. Raises ModelLoadError if the memory is too little, or a model cannot score
+    as it is said to.
     """
 
     def __init__(
@@ -80,11 +91,14 @@ class Engine:
         models: Mapping[str, Hosted],
         config: EngineConfig | None = None,
         judges: Mapping[str, JudgeHead] | None = None,
+        remotes: Mapping[str, Remote] | None = None,
     ) -> None:
         self.config = config or EngineConfig()
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
         self.hosted = dict(models)
+        for id, held in self.hosted.items():
+            check_model(scorer_model(id, held))
         self.runners = {id: model.runner for id, model in models.items() if model.adapter is None}
         self.pools: dict[str, BlockPool] = {}
         for id, blocks in divide_kv(self.runners, {i: models[i].kv_memory for i in self.runners}, self.config).items():
@@ -97,19 +111,21 @@ class Engine:
         self.models = tuple(self._info(id) for id in self.hosted)
         self._groups: dict[str, Group] = {}
         self._events: list[Event] = []
-        self._serial = 0
+        self._serials = itertools.count()
         self._aborts = 0
-        self._forwards = dict.fromkeys(self.runners, 0)
-        self._tokens = dict.fromkeys(self.runners, 0)
-        self._seconds = dict.fromkeys(self.runners, 0.0)
         self._device = next(iter(self.runners.values())).device
         generator = torch.Generator(self._device)
         generator.manual_seed(int.from_bytes(os.urandom(7), "little"))
         self._clock = Clock()
         self._pace = Pace(self._clock)
-        self._proposer = Proposer(self._run, generator, self._clock, self._pace)
-        self.judges = dict(judges or {})
+        self._forwards = Forwards(self.runners, self.scheduler, self._clock, self._fail)
+        self._proposer = Proposer(self._forwards.run, generator, self._clock, self._pace)
+        self.judges, self.remotes = dict(judges or {}), dict(remotes or {})
         self._decider = Decider(self._device, generator, lambda id: self.hosted[id].text, self.judges)
+        self._host = Host(
+            self.hosted, self.runners, self.scheduler, self.judges, self.catalog, self._make_scorer, self._serials
+        )
+        self._desk = Desk(self._host)
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -119,9 +135,13 @@ class Engine:
             raise BadRequest(f"The request id '{request.id}' is in use.")
         if self.waiting + request.n > self.config.max_queue:
             raise Overloaded(f"The queue is full ({self.waiting} sequences wait).", retry_after=1)
-        group = make_group(request, self._serial, self.hosted, self.pools, self.judges)
-        self._serial += 1
+        group = make_group(request, next(self._serials), self.hosted, self.pools, self.judges)
         self._groups[request.id] = group
+        plan = request.program.search
+        if plan is not None:
+            emit = functools.partial(self._tell_progress, request.id)
+            self._desk.begin(group, known_searches()[plan.kind], emit)
+            return
         root, *others = group.sequences
         if root.rows_wanted <= 0:  # nothing to compute: max_tokens 0 and no prompt rows
             self._finish_empty(group)
@@ -150,9 +170,9 @@ class Engine:
         self.scheduler.admit()
         plan = self.scheduler.plan(drafts=self._pace.assign(self.scheduler.running))
         self._proposer.propose(plan)
-        rows = self._forward(plan)
+        rows = self._forwards.run_plan(plan)
         decision = self._decide(plan, rows) if plan.samples else Decision()
-        self._commit(plan, decision)
+        self._commit(plan, decision, rows)
         events, self._events = self._events, []
         return events
 
@@ -184,7 +204,7 @@ class Engine:
         self.models = tuple(self._info(each) for each in self.hosted)
 
     def _refuse_while_used(self, id: str) -> None:
-        users = [g for g in self._groups.values() if id in _adapters(g)]
+        users = [g for g in self._groups.values() if id in _adapters(g) | self._desk.adapters(g)]
         if users:
             raise AdapterInUse(f"The adapter '{id}' is in use by {len(users)} requests; wait for them or abort them.")
 
@@ -194,19 +214,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """A snapshot for metrics."""
-        models = tuple(
-            ModelStats(
-                model,
-                self._forwards[model],
-                self._tokens[model],
-                self._seconds[model],
-                pool.used,
-                pool.hits,
-                pool.queries,
-            )
-            for model, pool in self.pools.items()
-        )
-        s = self.scheduler
+        s, models = self.scheduler, self._forwards.stats(self.pools)
         return Stats(len(s.running), self.waiting, s.tick, s.preemptions, self._aborts, models, self._pace.stats())
 
     def generate(
@@ -228,7 +236,7 @@ class Engine:
             prompts = [prompts]  # type: ignore[list-item]
         if not isinstance(program, Program):
             program = Program("plain", Policy((Term("base", Role(program or next(iter(self.hosted)))),)))
-        catalog = {info.id: Entry(self.hosted[info.id].text, info) for info in self.models}
+        catalog = self.catalog()
         extra: dict[str, Any] = {"n": n, "prediction": prediction, "constraint": constraint}
         requests = [prepare(program, p, sampling or Sampling(), catalog, **extra) for p in prompts]  # type: ignore[arg-type]
         for request in requests:
@@ -236,58 +244,6 @@ class Engine:
         return collect(self.step, requests)
 
     # -- the tick's stages --------------------------------------------------------------------------------------
-
-    def _forward(self, plan: Plan) -> dict[str, Rows]:
-        """One packed forward per model. A forward that fails takes down the requests in it, nothing else."""
-        rows: dict[str, Rows] = {}
-        read = {s.sequence.tracks[s.sequence.group.term_tracks[0]].model for s in plan.samples if judged(s)}
-        # All inputs first: a failed request gives its blocks back, and other models' forwards still name them.
-        inputs = {model: [_span_input(span) for span in spans] for model, spans in plan.spans.items()}
-        for model, spans in plan.spans.items():
-            began = time.perf_counter()
-            try:
-                rows[model] = self._run(model, inputs[model], _groups(spans), model in read)
-            except Exception as error:
-                found = self._without_drafters(plan, model, error, model in read)
-                if found is not None:
-                    rows[model] = found
-                continue
-            if all(span.rows == span.count for span in spans):
-                self._clock.saw(("forward", model), sum(s.count for s in spans), time.perf_counter() - began)
-        for model in plan.spans:
-            plan.spans[model] = [span for span in plan.spans[model] if not span.sequence.finished]
-        plan.samples = [sample for sample in plan.samples if not sample.sequence.finished]
-        add_drafted_rows(plan.samples, rows)
-        return rows
-
-    def _without_drafters(self, plan: Plan, model: str, error: Exception, want_hidden: bool) -> Rows | None:
-        """A forward has failed: without the drafters that were catching up in it, once more; else its requests fail."""
-        logger.error("the forward of '%s' failed", model, exc_info=error)
-        own = [s for s in plan.spans[model] if s.sequence.draft and s.track is s.sequence.draft.own]
-        for span in own:
-            if span.sequence.draft:
-                self.scheduler.retire(span.sequence.draft)
-        rest = plan.spans[model] = [span for span in plan.spans[model] if span not in own]
-        if own and rest:
-            try:
-                return self._run(model, [_span_input(span) for span in rest], _groups(rest), want_hidden)
-            except Exception as again:
-                error = again
-                logger.exception("the forward of '%s' failed again", model)
-        for group in _groups(rest):
-            self._fail(group, f"The forward pass of '{model}' failed: {type(error).__name__}.")
-        return None
-
-    def _run(self, model: str, spans: list[SpanInput], groups: set[Group], want_hidden: bool = False) -> Rows:
-        """One packed forward, counted."""
-        began = time.perf_counter()
-        rows = self.runners[model].forward(spans, want_hidden)
-        self._seconds[model] += time.perf_counter() - began
-        self._forwards[model] += 1
-        self._tokens[model] += sum(len(span.token_ids) for span in spans)
-        for group in groups:
-            group.forwards[model] = group.forwards.get(model, 0) + 1
-        return rows
 
     def _decide(self, plan: Plan, rows: Mapping[str, Rows]) -> Decision:
         """Tokens for the sequences that are due. If a batch fails, its requests are tried one by one."""
@@ -316,9 +272,13 @@ class Engine:
         decision.tokens |= own.tokens
         decision.weights |= own.weights
         decision.scored += own.scored
+        decision.told |= own.told
+        decision.fed |= own.fed
 
-    def _commit(self, plan: Plan, decision: Decision) -> None:
+    def _commit(self, plan: Plan, decision: Decision, rows: Mapping[str, Rows]) -> None:
         """Append tokens, move the tracks on, then end and fork: what is full is published before it is freed."""
+        for model, found in rows.items():
+            self._desk.read(plan.spans[model], found)
         for group, entries in decision.scored:
             self._add_prompt_logprobs(group, entries)
         deltas: list[tuple[Sequence, Delta]] = []
@@ -327,6 +287,9 @@ class Engine:
             if sequence.finished:
                 continue
             sequence.next_row = sample.first + sample.count - sample.drafts
+            if sequence.goal is not None:
+                sequence.goal.told = decision.told.get(sequence, sequence.goal.told)
+                sequence.goal.fed += decision.fed.get(sequence, ())
             if sequence in decision.tokens:
                 delta = self._append(sequence, decision.tokens[sequence], decision.weights.get(sequence))
                 if delta is not None:
@@ -336,12 +299,16 @@ class Engine:
             if sequence.finished:
                 continue  # another choice of the request has failed in this very tick
             group = sequence.group
+            if group in self._desk:
+                self._desk.saw(sequence, delta)
+                continue
             if group.unforked and sequence is group.sequences[0]:
                 self._fork_children(group)
             if delta.finish_reason is None:
                 self._events.append(delta)
             else:
                 self._finish(sequence, delta)
+        self._go_on(plan)
         for sample in plan.samples:
             group = sample.sequence.group
             if group.max_output == 0 and sample.sequence.next_row >= -1 and not sample.sequence.finished:
@@ -369,9 +336,8 @@ class Engine:
             logger.exception("request %s: a token could not be appended", group.request.id)
             self._fail(group, f"The request's constraint failed: {type(error).__name__}.")
             return None
-        if sequence.draft:
-            for token in delta.token_ids:
-                self._tell_drafter(sequence.draft, token)
+        self._host.tell_drafter(sequence, delta.token_ids)
+        group = group.payer
         group.completion_tokens += len(delta.token_ids)
         group.passes += 1
         if drafted:
@@ -379,12 +345,6 @@ class Engine:
             group.drafted += drafted
             group.accepted += sum(each.accepted is not None for each in drawn[: len(delta.token_ids)])
         return delta
-
-    def _tell_drafter(self, draft: Draft, token: int) -> None:
-        if draft.lookup:
-            draft.lookup.push(token)
-        elif draft.own and token >= self.runners[draft.own.model].width:
-            self.scheduler.retire(draft)  # it has no such token, and could not go on behind it
 
     def _fail_empty(self, at: Position) -> None:
         """Nothing may come at this place."""
@@ -416,34 +376,78 @@ class Engine:
                 delta = replace(delta, finish_reason="stop", stop_reason=text.matched)
         sequence.finished = True
         self.scheduler.remove(sequence)
-        request = group.request
         self._events.append(delta)
         if all(each.finished for each in group.sequences):
-            prompt = len(request.prompts[0])
-            forwards = tuple(group.forwards.items())
-            usage = Usage(
-                prompt,
-                group.completion_tokens,
-                group.cached_tokens,
-                group.preemptions,
-                forwards,
-                group.drafted,
-                group.accepted,
-                group.passes,
-            )
-            self._events.append(Done(request.id, usage))
-            del self._groups[request.id]
+            self._end(group)
 
-    def _fail(self, group: Group, message: str, kind: Literal["BadRequest", "EngineFailure"] = "EngineFailure") -> None:
+    def _end(self, group: Group, search: SearchReport | None = None) -> None:
+        """Everything has been told of the request but what it cost."""
+        usage = Usage(
+            len(group.request.prompts[0]),
+            group.completion_tokens,
+            group.cached_tokens,
+            group.preemptions,
+            tuple(group.forwards.items()),
+            group.drafted,
+            group.accepted,
+            group.passes,
+            search,
+        )
+        self._events.append(Done(group.request.id, usage))
+        del self._groups[group.request.id]
+
+    def _fail(
+        self,
+        group: Group,
+        message: str,
+        kind: Literal["BadRequest", "UnknownModel", "EngineFailure"] = "EngineFailure",
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        group = group.payer
         if self._groups.pop(group.request.id, None) is not None:
             self._drop(group)
-            self._events.append(Failed(group.request.id, kind, message))
+            self._events.append(Failed(group.request.id, kind, message, param, code))
 
     def _drop(self, group: Group) -> None:
+        try:
+            self._desk.drop(group)
+        except Exception:
+            logger.exception("request %s: its search did not end cleanly", group.request.id)
         group.unforked = []
         for sequence in group.sequences:
             sequence.finished = True
             self.scheduler.remove(sequence)
+
+    # -- searches -----------------------------------------------------------------------------------------------
+
+    def catalog(self) -> dict[str, Entry]:
+        """What is served now, as `prepare` wants it."""
+        return {info.id: Entry(self.hosted[info.id].text, info) for info in self.models}
+
+    def _make_scorer(self, spec: ScorerSpec, model: str) -> Scorer:
+        """The scorer that a request to `model` asks for. Raises BadRequest and EngineFailure."""
+        return make_scorer(spec, {id: scorer_model(id, held) for id, held in self.hosted.items()}, self.remotes, model)
+
+    def _tell_progress(self, request_id: str, message: str, numbers: Mapping[str, float]) -> None:
+        self._events.append(Progress(request_id, message, tuple(numbers.items())))
+
+    def _go_on(self, plan: Plan) -> None:
+        """Searches go on, in a fixed order, some to their end."""
+        for group, found in self._desk.go_on(idle=not plan.spans):
+            if isinstance(found, BadRequest):
+                kind: Any = "UnknownModel" if isinstance(found, UnknownModel) else "BadRequest"
+                self._fail(group, found.message, kind, found.param, found.code)
+            elif isinstance(found, EngineFailure):
+                self._fail(group, str(found))
+            elif isinstance(found, Exception):
+                logger.error("request %s: its search failed", group.request.id, exc_info=found)
+                self._fail(group, f"The search failed: {type(found).__name__}.")
+            else:
+                self._drop(group)
+                deltas, report = found
+                self._events += deltas
+                self._end(group, report)
 
     def _info(self, id: str) -> ModelInfo:
         adapter = self.hosted[id].adapter
@@ -459,24 +463,20 @@ class Engine:
             str(runner.dtype).removeprefix("torch."),
             str(runner.device),
             None if adapter is None else adapter.of,
+            self.hosted[id].kind,
         )
+
+
+def scorer_model(id: str, held: Hosted) -> ScorerModel:
+    """A hosted model as scorers see it."""
+    spec = held.spec or ModelSpec(id, "")
+    kind = "adapter" if held.adapter is not None and held.kind == "causal" else held.kind
+    head = getattr(held.runner, "head", None)
+    tokens = tuple(spec.score_tokens or ())
+    return ScorerModel(id, held.text, kind, held.runner.width, head, spec.step_marker, tokens, spec.rendering)
 
 
 def _adapters(group: Group) -> set[str | None]:
     """Adapters that the request uses, to draft too."""
     drafting = {s.draft.own.adapter for s in group.sequences if s.draft is not None and s.draft.own is not None}
     return drafting | {term.role.adapter for term in group.policy.terms}
-
-
-def _groups(spans: Seq[Span]) -> set[Group]:
-    return {span.sequence.group for span in spans}
-
-
-def _span_input(span: Span) -> SpanInput:
-    return SpanInput(
-        span.sequence.ids(span.track, span.start, span.start + span.count),
-        span.start,
-        span.track.blocks,
-        range(span.count - span.rows, span.count),
-        span.track.adapter,
-    )

@@ -65,6 +65,10 @@ class BlockPool:
         self._counts[block] = 1
         return block
 
+    def private(self, block: int) -> bool:
+        """Whether `block` has one holder and is not published, so that the holder may write to it."""
+        return self._counts[block] == 1 and block not in self._key_of
+
     def share(self, block: int) -> int:
         """One more holder of `block`, which is held or cached."""
         if self._counts[block] == 0:

@@ -47,6 +47,13 @@ class Lookup:
             ids = self._source.ids
             self._at = self._at + 1 if self._at < len(ids) and ids[self._at] == token else None
 
+    def fork(self) -> Lookup:
+        """Another one for a text that begins in the same way."""
+        made = Lookup(self._prompt, self._source, self._max, self._predicted)
+        for token in self._output:
+            made.push(token)
+        return made
+
     def propose(self, count: int) -> list[int]:
         """Up to `count` tokens that may come next; none if the last token never occurred before."""
         start = self._at if self._at is not None else self._longest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from decoding.core import Request
 from decoding.detokenizer import Detokenizer
 from decoding.text import StopStrings, TextModel
@@ -12,6 +14,8 @@ class OutputText:
 
     def __init__(self, model: TextModel, request: Request) -> None:
         sampling = request.sampling
+        self.raw = ""  # what the last token added to the text, stop strings or not
+        self._vocabulary = model.vocabulary
         self._detokenizer = Detokenizer(model.vocabulary, sampling.skip_special_tokens)
         self._stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
 
@@ -26,8 +30,13 @@ class OutputText:
 
     def push(self, token: int, stops_apply: bool = True) -> str:
         """Text that is final with this token. Before `min_tokens`, stop strings do not apply."""
-        piece = self._detokenizer.push((token,))
+        piece = self.raw = self._detokenizer.push((token,))
         return self._stops.push(piece) if stops_apply else piece
+
+    def fork(self) -> OutputText:
+        """Another text with the same beginning."""
+        shared = (self._vocabulary, self._vocabulary.tokenizer)
+        return copy.deepcopy(self, {id(each): each for each in shared})
 
     def finish(self) -> str:
         """The rest of the text."""

@@ -79,6 +79,7 @@ def prepare(
         arrival=time.monotonic(),
         prediction=predicted if by_text else (),
         constraint=constraint,
+        prompt=prompt if program.search is not None else None,
     )
 
 

@@ -45,8 +45,8 @@ class Position:
 
     @property
     def sampling(self) -> Sampling:
-        """How the request wants tokens to be drawn."""
-        return self.sequence.group.request.sampling
+        """How tokens are drawn here."""
+        return self.sequence.sampling
 
     @property
     def length(self) -> int:
@@ -74,7 +74,7 @@ def reported(sequence: Sequence) -> int | None:
     """How many of the best tokens are reported beside the chosen one, None if nothing is."""
     request = sequence.group.request
     wanted = request.sampling.logprobs
-    return 0 if wanted is None and request.program.trace else wanted
+    return 0 if wanted is None and (request.program.trace or sequence.goal is not None) else wanted
 
 
 def processes(at: Position) -> bool:

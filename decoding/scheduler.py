@@ -14,9 +14,10 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from decoding.blocks import Blocks, Copy
 from decoding.core import EngineConfig
-from decoding.kv import BlockPool, chain_key
-from decoding.state import Draft, Group, Plan, Sample, Sequence, Span, Track
+from decoding.kv import BlockPool
+from decoding.state import Draft, Group, Plan, Sample, Sequence, Span, Stream, Track
 
 CATCH_UP = 32  # positions that a drafter may compute in the forward of its first draft
 PAUSE = 64  # ticks that a drafter rests after its memory was needed elsewhere
@@ -36,10 +37,12 @@ class Scheduler:
         limits: Mapping[str, int],
     ) -> None:
         self.pools, self.config, self.limits = pools, config, limits
+        self.blocks = Blocks(pools, config.prefix_cache)
         dearest = max(costs.values())
         self._price = {model: cost / dearest for model, cost in costs.items()}
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.resting: list[Sequence] = []  # a search's, between two goals; they hold blocks while nobody needs them
         self.tick = 0
         self.preemptions = 0
 
@@ -56,51 +59,73 @@ class Scheduler:
             sequence.running = False
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        self._free(sequence)
+        elif sequence in self.resting:
+            self.resting.remove(sequence)
+        self.blocks.free(sequence)
 
-    def fork(self, root: Sequence, child: Sequence) -> list[tuple[str, int, int]]:
+    def rest(self, sequence: Sequence) -> None:
+        """A running or new sequence has nothing to do; it keeps its blocks as long as nobody needs them."""
+        if sequence.running:
+            self.running.remove(sequence)
+            sequence.running = False
+        self.resting.append(sequence)
+
+    def resume(self, sequence: Sequence) -> list[Copy]:
+        """A resting sequence has something to do again; returns blocks to copy before the next forward."""
+        self.resting.remove(sequence)
+        self.add(sequence)
+        return [copy for track in sequence.tracks for copy in self.blocks.rewind(track, sequence.target(track))]
+
+    def fork(self, root: Sequence, child: Sequence) -> list[Copy]:
         """Start `child` on `root`'s blocks up to its own next row; returns (model, source, target) blocks to copy.
 
         Full blocks are shared, the partial one is copied. A child that cannot run now waits without blocks and
         catches up through the prefix cache, so a fork never needs memory to succeed.
         """
-        copies: list[tuple[str, int, int]] = []
-        needs: dict[str, int] = {}
         starts = {  # a drafter may be behind
             id(mine): min(child.target(mine), theirs.num_computed)
             for mine, theirs in zip(child.all_tracks, root.all_tracks, strict=True)
         }
+        copies = self._share(root, child, starts) if len(self.running) < self.config.max_num_seqs else None
+        if copies is None:
+            self.add(child)
+            return []
+        self._run(child)
+        return copies
+
+    def branch(self, root: Sequence, child: Sequence) -> list[Copy]:
+        """As `fork`, for a search: the child rests, on everything that `root` has computed of its text."""
+        starts = {
+            id(mine): min(child.known(mine), theirs.num_computed)
+            for mine, theirs in zip(child.all_tracks, root.all_tracks, strict=True)
+        }
+        copies = self._share(root, child, starts) or []
+        self.rest(child)
+        return copies
+
+    def _share(self, root: Sequence, child: Sequence, starts: Mapping[int, int]) -> list[Copy] | None:
+        """Put `child` on `root`'s blocks up to `starts`; None if there is no memory for the partial blocks."""
+        needs: dict[str, int] = {}
         for track in child.all_tracks:
             partial = starts[id(track)] % self.pools[track.model].block_size != 0
             needs[track.model] = needs.get(track.model, 0) + partial
-        while short := [model for model, need in needs.items() if self.pools[model].available < need]:
+        while short := self.blocks.short(needs):
             if not self._reclaim(short, keep=root):
-                break
-        if short or len(self.running) >= self.config.max_num_seqs:
-            self.add(child)
-            return []
+                return None
+        copies: list[Copy] = []
         for mine, theirs in zip(child.all_tracks, root.all_tracks, strict=True):
-            pool = self.pools[mine.model]
-            position = starts[id(mine)]
-            full = position // pool.block_size
-            mine.blocks = [pool.share(block) for block in theirs.blocks[:full]]
-            mine.keys, mine.published = theirs.keys[:full], min(theirs.published, full)
-            if position % pool.block_size:
-                mine.blocks.append(pool.allocate())
-                copies.append((mine.model, theirs.blocks[full], mine.blocks[-1]))
-            mine.num_computed = position
-        self._run(child)
+            copies += self.blocks.share(mine, theirs, starts[id(mine)])
         return copies
 
     def check(self) -> None:
         """Assert that pools and block tables agree."""
-        for model, pool in self.pools.items():
-            tracks = [t for s in [*self.running, *self.waiting] for t in s.all_tracks if t.model == model]
-            pool.check([t.blocks for t in tracks])
-            assert all(len(t.blocks) >= pool.blocks_for(t.num_computed) for t in tracks)
-        assert all(not t.blocks for s in self.waiting for t in s.all_tracks), "a waiting sequence holds blocks"
+        everyone = [*self.running, *self.waiting, *self.resting]
+        assert len(set(map(id, everyone))) == len(everyone), "a sequence is in two places"
+        self.blocks.check(everyone)
+        held = [s for s in self.waiting if s.goal is None and not isinstance(s, Stream)]
+        assert all(not t.blocks for s in held for t in s.all_tracks), "a waiting sequence holds blocks"
         assert all(s.running for s in self.running)
-        assert not any(s.running for s in self.waiting)
+        assert not any(s.running for s in [*self.waiting, *self.resting])
 
     # -- a tick -------------------------------------------------------------------------------------------------
 
@@ -120,6 +145,7 @@ class Scheduler:
             if sequence.running:
                 self._schedule(sequence, plan)
         plan.tokens = max(plan.tokens, float(self.config.block_size))  # decoding never starves prefill altogether
+        plan.scored = float(self.config.max_scored_tokens) if plan.samples else plan.tokens
         for sequence in sorted(behind, key=lambda s: s.order):
             if sequence.running:
                 self._schedule(sequence, plan)
@@ -154,18 +180,8 @@ class Scheduler:
             draft.clear()
 
     def _settle(self, sequence: Sequence, track: Track) -> None:
-        if not sequence.running:
-            return  # its request has failed meanwhile: its blocks are gone
-        pool = self.pools[track.model]
-        track.num_computed = min(track.num_computed, sequence.known(track) - 1)
-        needed = pool.blocks_for(track.num_computed)
-        if len(track.blocks) > needed:
-            pool.release(track.blocks[needed:])
-            del track.blocks[needed:]
-        if self.config.prefix_cache:
-            while (track.published + 1) * pool.block_size <= track.num_computed:
-                pool.publish(track.blocks[track.published], self._key(sequence, track, track.published))
-                track.published += 1
+        if sequence.running:  # else its request has failed meanwhile, and its blocks are gone
+            self.blocks.settle(sequence, track)
 
     def _fair(self, ready: list[Sequence]) -> list[Sequence]:
         """Oldest first; if a budget does not reach for all, one row per request in turn, the least served first."""
@@ -176,7 +192,7 @@ class Scheduler:
         turn: dict[Group, int] = {}
         ranked: list[tuple[int, int, int, Sequence]] = []
         for sequence in sorted(ready, key=lambda s: (s.last_tick, s.order)):
-            group = sequence.group
+            group = sequence.group.payer
             turn[group] = turn.get(group, -1) + 1
             ranked.append((turn[group], group.last_tick, group.serial, sequence))
         ranked.sort(key=lambda entry: entry[:3])
@@ -186,7 +202,7 @@ class Scheduler:
         """Seat waiting sequences, as far as seats and memory go; before every `plan`."""
         if not self.waiting:
             return
-        seats = Counter(sequence.group for sequence in self.running)
+        seats = Counter(sequence.group.payer for sequence in self.running)
         self._make_room(seats)
         promised: dict[str, int] = dict.fromkeys(self.pools, 0)
         for sequence in self.running:
@@ -194,41 +210,43 @@ class Scheduler:
                 promised[model] += blocks
         while self.waiting and len(self.running) < self.config.max_num_seqs:
             # Seats go round by request, so that one with many choices does not keep the others out.
-            sequence = min(self.waiting, key=lambda s: (seats[s.group], s.order))
+            sequence = min(self.waiting, key=lambda s: (seats[s.group.payer], s.order))
             wanted = dict(promised)
             for model, blocks in self._missing(sequence):
                 wanted[model] += blocks
             short = [model for model, pool in self.pools.items() if wanted[model] > pool.available]
-            lent = self._lent() if short else {}
+            lent = self._lent(sequence) if short else {}
             enough = all(wanted[model] <= self.pools[model].available + lent.get(model, 0) for model in short)
-            if short and enough and self._reclaim(short):
+            if short and enough and self._reclaim(short, keep=sequence):
                 continue
             if short and self.running:
                 return
             promised = wanted
             self.waiting.remove(sequence)
-            seats[sequence.group] += 1
+            seats[sequence.group.payer] += 1
             self._run(sequence)
 
     def _make_room(self, seats: Counter[Group]) -> None:
         """All seats are taken: requests that have none get one each from those that have several."""
-        newcomers = {s.group for s in self.waiting if not seats[s.group]}
+        newcomers = {s.group.payer for s in self.waiting if not seats[s.group.payer]}
         for _ in range(len(newcomers) - (self.config.max_num_seqs - len(self.running))):
             group = max(seats, key=lambda g: seats[g], default=None)
             if group is None or seats[group] < 2:
                 return
-            self._preempt(max((s for s in self.running if s.group is group), key=lambda s: s.order))
+            self._preempt(max((s for s in self.running if s.group.payer is group), key=lambda s: s.order))
             seats[group] -= 1
 
     def _missing(self, sequence: Sequence) -> Iterable[tuple[str, int]]:
         """Blocks each track still lacks before its sequence's next token."""
         for track in sequence.tracks:
             pool = self.pools[track.model]
-            known = len(track.prompt) + len(sequence.output)
-            yield track.model, max(0, pool.blocks_for(known) - len(track.blocks))
+            yield track.model, max(0, pool.blocks_for(sequence.known(track)) - len(track.blocks))
 
     def _schedule(self, sequence: Sequence, plan: Plan) -> None:
-        blocked = [self._hit_prefix(sequence, track, plan) for track in sequence.tracks]
+        if isinstance(sequence, Stream):
+            self._read(sequence, plan)
+            return
+        blocked = [self.blocks.hit_prefix(sequence, track, plan) for track in sequence.tracks]
         needs = [sequence.target(track) - track.num_computed for track in sequence.tracks]
         prices = [self._price[track.model] for track in sequence.tracks]
         spare = plan.tokens - sum(need * price for need, price in zip(needs, prices))
@@ -247,23 +265,40 @@ class Scheduler:
                     spans.append(Span(sequence, track, track.num_computed, chunk, 0))
                     left -= chunk * price
         if spans and self._reserve(sequence, spans):
-            sequence.last_tick = sequence.group.last_tick = self.tick
+            self._served(sequence)
             for span in spans:
                 self._put(span, plan)
             if spans[0].rows:
                 plan.samples.append(Sample(sequence, sequence.next_row, spans[0].rows, spans))
 
+    def _read(self, stream: Stream, plan: Plan) -> None:
+        """The next chunk of a scorer's text, with as many of the wanted rows as the budget of rows has room for."""
+        (track,) = stream.tracks
+        if self.blocks.hit_prefix(stream, track, plan):
+            return
+        start, price = track.num_computed, self._price[track.model]
+        most = int(min(plan.tokens, plan.scored) / price)
+        end = min(stream.known(track), start + max(most, not plan.spans))
+        rows = max(plan.rows, not plan.spans)
+        if len(stream.marks) > rows:
+            end = min(end, stream.marks[rows])
+        span = Span(stream, track, start, end - start, 0)
+        if span.count > 0 and self._reserve(stream, [span]):
+            span.marks = [mark for mark in stream.marks if mark < end]
+            span.rows = len(span.marks)
+            plan.scored -= span.count * price
+            self._served(stream)
+            self._put(span, plan)
+
+    def _served(self, sequence: Sequence) -> None:
+        sequence.last_tick = sequence.group.payer.last_tick = self.tick
+
     def _put(self, span: Span, plan: Plan) -> None:
-        sequence, track, model = span.sequence, span.track, span.track.model
+        model = span.track.model
         plan.spans.setdefault(model, []).append(span)
         plan.tokens -= span.count * self._price[model]
         plan.rows -= span.rows
-        if self.config.prefix_cache:
-            size = self.pools[model].block_size
-            first, last = span.start // size, min(span.start + span.count, sequence.known(track)) // size
-            if last > first:
-                pending = plan.pending.setdefault(model, set())
-                pending.update(self._key(sequence, track, i) for i in range(first, last))
+        self.blocks.announce(span, plan)
 
     # -- drafts -------------------------------------------------------------------------------------------------
 
@@ -283,16 +318,14 @@ class Scheduler:
             span.count += count
             span.rows += count
         for track in sequence.all_tracks:
-            pool = self.pools[track.model]
-            while len(track.blocks) < pool.blocks_for(sequence.known(track) + count):
-                track.blocks.append(pool.allocate())
+            self.blocks.grow(track, sequence.known(track) + count)
 
     def _drafts(self, sequence: Sequence, plan: Plan) -> int:
         """How many tokens `sequence` may draft: what is wanted, within the budgets, lengths and free memory."""
         draft = sequence.draft
         if draft is None or draft.wanted <= 0:
             return 0
-        count = min(draft.wanted, sequence.group.max_output - len(sequence.output) - draft.bonus)
+        count = min(draft.wanted, sequence.most_output - len(sequence.output) - draft.bonus)
         track = draft.track
         if track is not None:
             # The first draft's forward catches up too; what is long goes with the packed forwards, as prefill does.
@@ -305,12 +338,8 @@ class Scheduler:
 
     def _room(self, sequence: Sequence, count: int) -> bool:
         """Whether memory is free for `count` drafts: without preempting anyone."""
-        wanted: dict[str, int] = {}
-        for track in sequence.all_tracks:
-            pool = self.pools[track.model]
-            lack = pool.blocks_for(sequence.known(track) + count) - len(track.blocks)
-            wanted[track.model] = wanted.get(track.model, 0) + max(0, lack)
-        return all(self.pools[model].available >= blocks for model, blocks in wanted.items())
+        ends = {id(track): sequence.known(track) + count for track in sequence.all_tracks}
+        return not self.blocks.short(self.blocks.missing(sequence.all_tracks, ends))
 
     def _feed(self, sequence: Sequence, draft: Draft, track: Track, plan: Plan) -> None:
         """A drafter that has fallen behind, or joins late, catches up with what budget and memory are left."""
@@ -319,82 +348,60 @@ class Scheduler:
             self.retire(draft)
         if draft.broken or draft.wanted <= 0 or draft.paused_until > self.tick:
             return
-        if self._hit_prefix(sequence, track, plan):
+        if self.blocks.hit_prefix(sequence, track, plan):
             return
         need = sequence.target(track) - track.num_computed
         room = (pool.available + len(track.blocks)) * pool.block_size - track.num_computed
         chunk = min(need, int(plan.tokens / self._price[track.model]), room)
         if need <= CATCH_UP // 2 or chunk <= 0:
             return
-        while len(track.blocks) < pool.blocks_for(track.num_computed + chunk):
-            track.blocks.append(pool.allocate())
+        self.blocks.grow(track, track.num_computed + chunk)
         self._put(Span(sequence, track, track.num_computed, chunk, 0), plan)
 
     def retire(self, draft: Draft) -> None:
         """The drafter drafts no more: its memory is free."""
         draft.broken = True
         if draft.own is not None:
-            self._forget(draft.own)
+            self.blocks.forget(draft.own)
 
-    def _lent(self) -> dict[str, int]:
-        """Blocks that drafters hold, at most; of each pool."""
+    # -- memory -------------------------------------------------------------------------------------------------
+
+    def _idle(self, keep: Sequence | None) -> list[Sequence]:
+        """Who holds blocks and does not run, the first to give them up first: resting ones, the youngest of them."""
+        resting = sorted(self.resting, key=lambda s: s.order, reverse=True)
+        waiting = sorted(self.waiting, key=lambda s: s.order, reverse=True)
+        return [s for s in (*resting, *waiting) if s is not keep and any(t.blocks for t in s.all_tracks)]
+
+    def _lent(self, keep: Sequence) -> dict[str, int]:
+        """Blocks that drafters and idle sequences hold, at most, without those of `keep`; of each pool."""
+        own = [s.draft.own for s in self.running if s.draft and s.draft.own]
         lent: dict[str, int] = {}
-        for sequence in self.running:
-            own = sequence.draft.own if sequence.draft else None
-            if own is not None:
-                lent[own.model] = lent.get(own.model, 0) + len(own.blocks)
+        for track in (*own, *(track for s in self._idle(keep) for track in s.all_tracks)):
+            lent[track.model] = lent.get(track.model, 0) + len(track.blocks)
         return lent
 
     def _reclaim(self, short: Iterable[str], keep: Sequence | None = None) -> bool:
-        """Take back the blocks of one drafter in a pool that is short, the youngest one's first, but not `keep`'s."""
+        """Take back the blocks of one drafter or idle sequence in a pool that is short; never those of `keep`."""
         models = set(short)
         for each in sorted(self.running, key=lambda s: s.order, reverse=True):
             own = each.draft.own if each.draft else None
             if each is keep or own is None or not own.blocks or own.model not in models:
                 continue
             if not (each.draft and each.draft.planned):
-                self._forget(own)
+                self.blocks.forget(own)
                 assert each.draft is not None
                 each.draft.paused_until = self.tick + PAUSE
                 return True
-        return False
-
-    def _hit_prefix(self, sequence: Sequence, track: Track, plan: Plan) -> bool:
-        """Take cached blocks while there are any; True if the next block is being computed by another span now."""
-        pool = self.pools[track.model]
-        size, target = pool.block_size, sequence.target(track)
-        pending = plan.pending.get(track.model, ())
-        while (
-            self.config.prefix_cache
-            and len(track.blocks) * size == track.num_computed
-            and track.num_computed + size <= target
-        ):
-            key = self._key(sequence, track, len(track.blocks))
-            if key in pending:
+        for each in self._idle(keep):
+            if any(track.blocks and track.model in models for track in each.all_tracks):
+                self.blocks.free(each)
                 return True
-            block = pool.find(key)
-            if block is None:
-                return False
-            track.blocks.append(pool.share(block))
-            track.num_computed += size
-            track.published = len(track.blocks)
-            if track in sequence.tracks and not sequence.group.preemptions and not sequence.output:
-                sequence.group.cached_tokens += size
         return False
-
-    # -- memory -------------------------------------------------------------------------------------------------
 
     def _reserve(self, sequence: Sequence, spans: list[Span]) -> bool:
-        """Allocate the spans' blocks. Where they lack, drafters go, then the youngest unscheduled, then `sequence`."""
-        while True:
-            needs: dict[str, int] = {}
-            for span in spans:
-                pool, track = self.pools[span.track.model], span.track
-                lack = pool.blocks_for(span.start + span.count) - len(track.blocks)
-                needs[track.model] = needs.get(track.model, 0) + max(0, lack)
-            short = {model for model, need in needs.items() if self.pools[model].available < need}
-            if not short:
-                break
+        """Allocate the spans' blocks. Where they lack, the idle go, then the youngest unscheduled, then `sequence`."""
+        tracks, ends = [span.track for span in spans], {id(s.track): s.start + s.count for s in spans}
+        while short := self.blocks.short(self.blocks.missing(tracks, ends)):
             if self._reclaim(short):
                 continue
             younger = [s for s in self.running if s.order > sequence.order and s.last_tick != self.tick]
@@ -402,10 +409,8 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return False
-        for span in spans:
-            pool, track = self.pools[span.track.model], span.track
-            while len(track.blocks) < pool.blocks_for(span.start + span.count):
-                track.blocks.append(pool.allocate())
+        for track in tracks:
+            self.blocks.grow(track, ends[id(track)])
         return True
 
     def _run(self, sequence: Sequence) -> None:
@@ -416,24 +421,7 @@ class Scheduler:
         """Back to the queue without blocks; what it had computed is recomputed, or hit in the prefix cache."""
         self.running.remove(sequence)
         sequence.running = False
-        self._free(sequence)
+        self.blocks.free(sequence)
         self.add(sequence)
         self.preemptions += 1
-        sequence.group.preemptions += 1
-
-    def _free(self, sequence: Sequence) -> None:
-        for track in sequence.all_tracks:
-            self._forget(track)
-
-    def _forget(self, track: Track) -> None:
-        self.pools[track.model].release(track.blocks)
-        track.blocks = []
-        track.num_computed = track.published = 0
-
-    def _key(self, sequence: Sequence, track: Track, index: int) -> bytes:
-        size = self.pools[track.model].block_size
-        while len(track.keys) <= index:
-            i = len(track.keys)
-            parent = track.keys[-1] if track.keys else track.root
-            track.keys.append(chain_key(parent, sequence.ids(track, i * size, (i + 1) * size)))
-        return track.keys[index]
+        sequence.group.payer.preemptions += 1

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from decoding.core import Constraint, Policy, Request, Speculation
+from decoding.core import Constraint, Policy, Request, Sampling, Speculation
 from decoding.events import TokenLogprob
 from decoding.lookup import Lookup
 from decoding.output import OutputText
@@ -84,12 +84,67 @@ class Draft:
         self.reached = 1.0
 
 
+@dataclass(slots=True)
+class Budget:
+    """What is left of something that may be used up; None is without end."""
+
+    left: int | None = None
+
+    def take(self, count: int = 1) -> int:
+        """Use up to `count`; how many there were."""
+        if self.left is None:
+            return count
+        taken = min(count, self.left)
+        self.left -= taken
+        return taken
+
+
+@dataclass(slots=True)
+class Told:
+    """What a goal wants to know of a row: the likeliest tokens with log-probs, best first; log-probs of its choices."""
+
+    top: list[tuple[int, float]]
+    choices: list[float]
+
+
+@dataclass(slots=True, eq=False)
+class Goal:
+    """What a search wants of a hypothesis next; afterwards it rests, and keeps what it has computed.
+
+    draws: tokens, until the output has `length` of them, holds `separator` in what was added, or ends; each is taken
+    from `budget`. row: whether the row that predicts the next token is wanted, which drawing needs anyway; of that row
+    (the first one, of several) the `top` likeliest tokens and those of `choices` are told with their log-probs. Tokens
+    of the output at `next_row` and behind, which were fed, are told with theirs in any case.
+    """
+
+    draws: bool = False
+    row: bool = False
+    length: int | None = None
+    separator: str | None = None
+    budget: Budget = field(default_factory=Budget)
+    top: int = 0
+    choices: Seq[int] = ()
+    tail: str = ""
+    ended: bool = False
+    told: Told | None = None
+    fed: list[float] = field(default_factory=list)
+
+    def sees(self, piece: str) -> bool:
+        """`piece` was added; whether the separator is complete with it."""
+        if self.separator is None:
+            return False
+        text = self.tail + piece
+        self.tail = text[len(text) - len(self.separator) + 1 :] if len(self.separator) > 1 else ""
+        return self.separator in text
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One hypothesis: the unit that is admitted, preempted and freed. All its tracks share `output`.
 
     `next_row` counts on the shared axis where 0 is the first output token and -1 the last prompt position; it is the
-    first position whose mixed row is still wanted (the row at position r predicts the token at r + 1).
+    first position whose mixed row is still wanted (the row at position r predicts the token at r + 1). `sampling`: how
+    its tokens are drawn now. `goal`: what a search wants of it, None for a hypothesis that goes on to its end.
     """
 
     group: Group
@@ -97,7 +152,9 @@ class Sequence:
     path: tuple[int, ...]
     tracks: list[Track]
     text: OutputText
+    sampling: Sampling
     next_row: int = -1
+    goal: Goal | None = None
     output: list[int] = field(default_factory=list)
     counts: dict[int, int] = field(default_factory=dict)  # of output ids, for the penalties
     solver_state: Any = None
@@ -115,13 +172,29 @@ class Sequence:
     @property
     def rows_wanted(self) -> int:
         """Rows from `next_row` to the one that predicts the next token (which `max_tokens` 0 does not want)."""
-        return len(self.output) - self.next_row - (self.group.max_output == 0)
+        return len(self.output) - self.next_row - (not self.wants_next)
+
+    @property
+    def wants_next(self) -> bool:
+        """Whether the row that predicts the next token is wanted."""
+        return self.group.max_output > 0 if self.goal is None else self.goal.row or self.goal.draws
+
+    @property
+    def draws(self) -> bool:
+        """Whether it is going to be longer."""
+        return self.group.max_output > 0 if self.goal is None else self.goal.draws
 
     @property
     def all_tracks(self) -> list[Track]:
         """The policy's tracks, and the drafter's if it has one of its own."""
         own = self.draft.own if self.draft else None
         return self.tracks if own is None else [*self.tracks, own]
+
+    @property
+    def most_output(self) -> int:
+        """Tokens that its output may have when its goal is reached."""
+        most, goal = self.group.max_output, self.goal
+        return most if goal is None or goal.length is None else min(most, goal.length)
 
     def ids(self, track: Track, start: int, end: int) -> Seq[int]:
         """Ids at positions start .. end of `track`."""
@@ -139,16 +212,50 @@ class Sequence:
         """Absolute position of `next_row` in `track`: everything before it may be computed at any time."""
         return len(track.prompt) + self.next_row
 
+    def hittable(self, track: Track) -> int:
+        """Positions of `track` that may come from the prefix cache."""
+        return self.target(track)
+
     def known(self, track: Track) -> int:
         """Positions of `track` whose ids are settled."""
         return len(track.prompt) + len(self.output)
+
+    def settled(self, track: Track) -> int:
+        """Positions of `track` that are worth keeping after a tick: a token that was just drawn is not computed."""
+        return self.known(track) - self.draws
+
+
+@dataclass(slots=True, eq=False)
+class Stream(Sequence):
+    """A text as a scorer reads it: one track, whose `output` are the ids of the text so far; nothing is drawn.
+
+    marks: positions, ascending, whose rows are still wanted. read: (row, hidden state) of those that have been read;
+    wants_hidden: whether hidden states are.
+    """
+
+    marks: list[int] = field(default_factory=list)
+    read: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
+    wants_hidden: bool = False
+
+    def target(self, track: Track) -> int:
+        """Everything may be computed at any time."""
+        return self.known(track)
+
+    def hittable(self, track: Track) -> int:
+        """What is wanted of a position is not in the cache."""
+        return self.marks[0] if self.marks else self.known(track)
+
+    def settled(self, track: Track) -> int:
+        """Nothing runs ahead."""
+        return self.known(track)
 
 
 @dataclass(slots=True, eq=False)
 class Group:
     """A request inside the engine: its sequences and what it has cost so far.
 
-    `seed` keys the noise: the request's own, or one drawn for a rule that needs keyed noise; None for none.
+    `seed` keys the noise: the request's own, or one drawn for a rule that needs keyed noise; None for none. `owner`: of
+    what a search opens besides its request's own hypotheses, the request.
     """
 
     request: Request
@@ -158,6 +265,7 @@ class Group:
     width: int  # of the mixed row: the model's own for one model, else the shared vocabulary
     max_output: int
     seed: int | None = None
+    owner: Group | None = None
     sequences: list[Sequence] = field(default_factory=list)
     unforked: list[Sequence] = field(default_factory=list)  # wait for their root's prefill
     prompt_logprobs: list[TokenLogprob | None] | None = None  # None once they are sent, or if nobody asks
@@ -170,16 +278,34 @@ class Group:
     passes: int = 0
     last_tick: int = -1
 
+    @property
+    def payer(self) -> Group:
+        """Whose turn it takes, and whose usage it counts as."""
+        return self.owner or self
+
 
 @dataclass(slots=True, eq=False)
 class Span:
-    """Positions `start .. start + count` of one track to be computed in this tick; the last `rows` give logits."""
+    """Positions `start .. start + count` of one track to be computed in this tick; the last `rows` give logits.
+
+    marks: of a scorer's text, the positions whose rows are wanted instead. place: where its first row is in its
+    model's `Rows` of this tick, set by `Plan.pack`.
+    """
 
     sequence: Sequence
     track: Track
     start: int
     count: int
     rows: int
+    marks: Seq[int] = ()
+    place: int = -1
+
+    @property
+    def offsets(self) -> Seq[int]:
+        """Which of its positions give rows, counted from its start."""
+        if self.marks:
+            return [mark - self.start for mark in self.marks]
+        return range(self.count - self.rows, self.count)
 
 
 @dataclass(slots=True)
@@ -198,10 +324,14 @@ class Sample:
     drafts: int = 0
 
     @property
+    def ends(self) -> bool:
+        """Whether its last rows predict the next token (others score the prompt, or what was fed)."""
+        return self.first + self.count - self.drafts == len(self.sequence.output)
+
+    @property
     def draws(self) -> bool:
-        """Whether its last rows predict the next token (others only score the prompt)."""
-        ends = self.first + self.count - self.drafts == len(self.sequence.output)
-        return ends and self.sequence.group.max_output > 0
+        """Whether its last rows are drawn from."""
+        return self.ends and self.sequence.draws
 
     def token_after(self, i: int) -> int | None:
         """The token that follows its i-th row, if that is part of the output or a draft."""
@@ -221,6 +351,7 @@ class Plan:
     pending: dict[str, set[bytes]] = field(default_factory=dict)  # prefix keys that this tick computes, per model
     drafting: list[Sequence] = field(default_factory=list)
     tokens: float = 0.0  # budgets that are left; tokens in units of the dearest model's
+    scored: float = 0.0  # the part of them that scorers' texts may take
     rows: int = 0
 
     def pack(self) -> None:
@@ -235,11 +366,10 @@ class Plan:
                     span.start, span.count, span.rows = span.start + span.count - 1, 1, 1
             sample.count -= sample.drafts - made
             sample.drafts = made
-        place: dict[int, int] = {}
         for spans in self.spans.values():
             row = 0
             for span in spans:
-                place[id(span)] = row
+                span.place = row
                 row += span.rows
         for sample in self.samples:
-            sample.offsets = [place[id(span)] for span in sample.spans]
+            sample.offsets = [span.place for span in sample.spans]

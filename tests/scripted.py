@@ -12,7 +12,7 @@ from typing import Any
 
 from decoding.core import Program, Sampling
 from decoding.scorers.spec import Hypothesis
-from decoding.search.verbs import Branch, Drop, Feed, Fork, Open, Outcome, Probe, Run, Score, Steps, Top, Verb
+from decoding.search.verbs import Branch, Drop, Feed, Fork, Judge, Open, Outcome, Probe, Run, Score, Steps, Top, Verb
 from decoding.text import Prompt
 
 Continue = Callable[[str, int, bool], str]  # (text, index among its siblings, greedy) -> what comes next, "$" ends it
@@ -93,6 +93,9 @@ class ScriptedSearch:
             if verb.sampling:
                 self._samplings[branch] = verb.sampling
             return branch
+        if isinstance(verb, Judge):
+            self._note("judge", verb.text.text)
+            return list(self.script.scores(verb.text, verb.scorer))
         branch = verb.branch
         assert branch in self.live, "a dropped branch is used"
         match verb:

@@ -15,6 +15,7 @@ everything else that is served; it is resumed with the verb's result, or the lis
 | `Top(branch, k)` | the k likeliest next tokens as (id, log-probability), best first, ties to the lower id |
 | `Run(branch, until, sampling)` | the tokens that were generated |
 | `Score(branch, scorer)` | the scorer's numbers, one per step or a single one |
+| `Judge(text, scorer)` | the same of a text that is no branch's |
 | `Probe(branch, suffix, choices)` | log-probabilities of the choices' first tokens after branch + suffix |
 | `Drop(branch)` | None; its memory is free, its text stays |
 
@@ -29,7 +30,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from decoding.core import FinishReason, Program, Sampling
-from decoding.scorers.spec import ScorerSpec
+from decoding.scorers.spec import Hypothesis, ScorerSpec
 from decoding.text import Prompt
 
 
@@ -132,6 +133,14 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Judge:
+    """What `scorer` says of a text that is no branch's."""
+
+    text: Hypothesis
+    scorer: ScorerSpec
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Probe:
     """How likely each of `choices` (texts or token ids) is to come next after the branch and `suffix`.
 
@@ -150,7 +159,7 @@ class Drop:
     branch: Branch
 
 
-Verb = Open | Fork | Feed | Top | Run | Score | Probe | Drop
+Verb = Open | Fork | Feed | Top | Run | Score | Judge | Probe | Drop
 
 
 @dataclass(frozen=True, slots=True, eq=False)

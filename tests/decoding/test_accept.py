@@ -55,7 +55,7 @@ def sequence(sampling: Sampling, spec: Speculation, path: int = 0, terms: int = 
     rule = RULES[spec.accept or "rejection"]
     draft = Draft(spec, Track("d", (FIRST,), b""), bonus=rule.bonus if spec.bonus is None else spec.bonus)
     text: Any = None
-    return Sequence(group, 0, (path,), [Track("m", (FIRST,), b"")], text, draft=draft)
+    return Sequence(group, 0, (path,), [Track("m", (FIRST,), b"")], text, group.request.sampling, draft=draft)
 
 
 Change = Callable[[list[Sequence]], None]

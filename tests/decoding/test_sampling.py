@@ -31,7 +31,7 @@ def sequence(
     policy = Policy(tuple(Term(f"t{i}", Role("m")) for i in range(terms)))
     request = Request("r", Program("x", policy), (prompt,) * terms, sampling, "m", 1000, (1,))
     group = Group(request, 0, policy, tuple(range(terms)), 1000, 100, seed=sampling.seed)
-    seq = Sequence(group, 0, (path,), [Track("m", prompt, b"") for _ in range(terms)], None)
+    seq = Sequence(group, 0, (path,), [Track("m", prompt, b"") for _ in range(terms)], None, group.request.sampling)
     for token in output or []:
         seq.output.append(token)
         seq.counts[token] = seq.counts.get(token, 0) + 1
