@@ -83,6 +83,18 @@ class Driver:
             self._root = self._register(state, self.prompt, Branch(model=self.group.request.text_model))
         return self._root
 
+    @property
+    def ends(self) -> frozenset[int]:
+        """The ids that end a text."""
+        request = self.group.request
+        own = () if request.sampling.ignore_eos else request.eos_ids
+        return frozenset((*own, *request.sampling.stop_token_ids))
+
+    @property
+    def prompt_tokens(self) -> int:
+        """How long the root's prompt is, as its main role reads it."""
+        return len(self.group.request.prompts[0])
+
     def same_ids(self, a: Branch, b: Branch) -> bool:
         """Whether both branches' models have one tokenizer, so that tokens of one may be fed to the other."""
         return self._host.same_ids(a.model, b.model)
@@ -248,7 +260,7 @@ class Driver:
         start, text = len(branch.tokens), branch.text
         goal = Goal(draws=True, separator=verb.until.separator, budget=self._tokens, top=verb.top)
         goal.length = None if verb.until.tokens is None else start + max(1, verb.until.tokens)
-        if not branch.finished and self.exhausted is None:
+        if not branch.finished and not self._spent:
             state.sampling = _drawn_as(state.group.request.sampling, verb.sampling)
             drafter = state.draft
             if verb.drafts:
@@ -306,7 +318,7 @@ class Driver:
 
     def _reached(self, state: State, goal: Goal) -> bool:
         if goal.draws:
-            return goal.ended or self.exhausted is not None
+            return goal.ended or self._spent
         return state.rows_wanted <= 0 and all(track.num_computed >= state.target(track) for track in state.tracks)
 
     def _register(self, state: State, prompt: Prompt, branch: Branch) -> Branch:
@@ -334,10 +346,15 @@ class Driver:
         else:
             branch.steps[-1] += text
 
+    @property
+    def _spent(self) -> bool:
+        """Whether nothing runs any more: without candidates left, what there is still does."""
+        return self.exhausted not in (None, "max_candidates")
+
     def _look_at_budgets(self) -> None:
-        if self.exhausted is None and self._tokens.left == 0:
+        if not self._spent and self._tokens.left == 0:
             self.exhausted = "max_total_tokens"
-        if self.exhausted is None and self._deadline is not None and time.monotonic() >= self._deadline:
+        if not self._spent and self._deadline is not None and time.monotonic() >= self._deadline:
             self.exhausted = "max_seconds"
 
 
