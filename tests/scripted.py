@@ -53,6 +53,7 @@ class ScriptedSearch:
     exhausted: str | None = None
     ends: tuple[int, ...] = (ord("$"),)
     foreign: Sequence[str] = ()  # models with a tokenizer of their own
+    stops: str = ""  # characters that end a text when they are fed, as a stop string's last one does
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
@@ -115,17 +116,20 @@ class ScriptedSearch:
                 text = verb.tokens if isinstance(verb.tokens, str) else "".join(map(chr, verb.tokens))
                 self._note("feed", branch.text, text)
                 limit = self._samplings.get(branch, self.sampling).max_tokens
-                lps = []
+                before, lps = len(branch.text), []
                 for char in text:
                     lps.append(self._tables(branch).lp(branch.text, char))
                     if ord(char) in self.ends:
                         branch.finished, branch.logprob = "stop", branch.logprob + lps[-1]
                         break
                     self._grow(branch, char, lps[-1])
+                    if char in self.stops:
+                        branch.finished = "stop"
+                        break
                     if limit is not None and len(branch.tokens) >= limit:
                         branch.finished = "length"
                         break
-                self._step(branch, text[: len(lps) - (branch.finished == "stop")], verb.step)
+                self._step(branch, branch.text[before:], verb.step)
                 return lps if verb.logprobs else None
             case Top():
                 self._note("top", branch.text, verb.k)

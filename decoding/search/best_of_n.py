@@ -12,10 +12,10 @@ from typing import Literal
 
 from decoding.answers import check_extraction, extract
 from decoding.core import BadRequest, Sampling
-from decoding.scorers.spec import Aggregate, ScorerSpec
-from decoding.search.common import MAX_CANDIDATES, concluded, judge, ranked, sample, whole, worth
+from decoding.scorers.spec import Aggregate, Hypothesis, ScorerSpec
+from decoding.search.common import MAX_CANDIDATES, concluded, ranked, sample, verdict, whole, worth
 from decoding.search.spec import SearchKind
-from decoding.search.verbs import Candidate, Search, Steps
+from decoding.search.verbs import Branch, Candidate, Judge, Search, Steps
 from decoding.search.voting import squashed, weighted
 
 
@@ -34,6 +34,7 @@ class BestOfN:
         metadata=_says("The best score; the answer whose samples' scores add up to most; the most frequent answer."),
     )
     aggregate: Aggregate = field(default="last", metadata=_says("How the scores of the steps become one."))
+    separator: str = field(default="\n\n", metadata=_says("What ends a step, for scorers of steps."))
     squash: Literal["auto", "sigmoid", "none"] = field(
         default="auto",
         metadata=_says("weighted: scores through a sigmoid first; auto: if any lies outside 0 to 1."),
@@ -52,7 +53,9 @@ def run(search: Search, params: BestOfN) -> Steps:
     search.progress(f"{len(samples)} samples", samples=len(samples))
     judged = [Candidate(branch) for branch in samples]
     if params.scorer is not None:
-        judged = yield from judge(samples, params.scorer, params.aggregate)
+        texts = [_whole(search, branch, params.separator) for branch in samples]
+        found: list[list[float]] = yield [Judge(text, params.scorer) for text in texts]
+        judged = [verdict(branch, values, params.aggregate) for branch, values in zip(samples, found, strict=True)]
     if params.vote == "max":
         return concluded(search, ranked(judged))
     how = params.answer if params.answer_regex is None else params.answer_regex
@@ -69,6 +72,13 @@ def run(search: Search, params: BestOfN) -> Steps:
     return concluded(search, [*first, *ranked(each for each in judged if each not in first)], details={"votes": tally})
 
 
+def _whole(search: Search, branch: Branch, separator: str) -> Hypothesis:
+    """A sample, cut into steps."""
+    parts = branch.text.split(separator)
+    cut = (*(part + separator for part in parts[:-1]), *filter(None, parts[-1:]))
+    return Hypothesis(search.prompt, cut, branch.finished == "stop", branch.logprob, len(branch.tokens))
+
+
 def _weights(scores: list[float], params: BestOfN) -> list[float]:
     outside = any(not 0.0 <= score <= 1.0 for score in scores if score > -math.inf)
     if params.squash == "sigmoid" or (params.squash == "auto" and outside):
@@ -79,6 +89,8 @@ def _weights(scores: list[float], params: BestOfN) -> list[float]:
 def check(params: BestOfN, _sampling: Sampling) -> None:
     """Raises BadRequest for parameters out of range, and without a scorer where one is needed."""
     whole("n", params.n, 1, MAX_CANDIDATES)
+    if not params.separator:
+        raise BadRequest("'separator' must not be empty.", "separator")
     if params.scorer is None and params.vote != "majority":
         raise BadRequest(f"The vote '{params.vote}' needs a 'scorer'; only 'majority' does without one.", "scorer")
     if params.answer_regex is not None:

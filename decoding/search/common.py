@@ -71,18 +71,23 @@ def distinct(branches: Sequence[Branch]) -> tuple[list[Branch], list[Branch]]:
 def judge(
     branches: Sequence[Branch], scorer: ScorerSpec, how: Aggregate, ahead: Mapping[Branch, Branch] | None = None
 ) -> Generator[Any, Any, list[Candidate]]:
-    """Each branch with its score; `ahead`: branches in whose place a longer one is scored.
-
-    One for which the scorer has no number, or none that can be compared, has None and comes last.
-    """
+    """Each branch with its score; `ahead`: branches in whose place a longer one is scored."""
     longer = ahead or {}
     found: list[list[float]] = (yield [Score(longer.get(b, b), scorer) for b in branches]) if branches else []
-    judged = []
-    for branch, values in zip(branches, found, strict=True):
-        score = aggregate(values, how) if values else math.nan
-        own = tuple(values[: max(1, len(branch.steps))])
-        judged.append(Candidate(branch, None if math.isnan(score) else score, own))
-    return judged
+    return [
+        verdict(branch, values, how, len(branch.steps) if branch in longer else None)
+        for branch, values in zip(branches, found, strict=True)
+    ]
+
+
+def verdict(branch: Branch, values: Sequence[float], how: Aggregate, steps: int | None = None) -> Candidate:
+    """A branch with its score. Of the scorer's numbers only the first `steps` are its own.
+
+    Without a number, or with one that cannot be compared, the score is None, and it comes last.
+    """
+    score = aggregate(values, how) if values else math.nan
+    own = values if steps is None else values[: max(1, steps)]
+    return Candidate(branch, None if math.isnan(score) else score, tuple(own))
 
 
 def worth(candidate: Candidate) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from decoding.state import Budget, Draft, Goal, Group, Stream
 from decoding.state import Sequence as State
 from decoding.text import Prompt
 
-MAX_BRANCHES = 1024  # forked and opened, of one search that sets no bound of its own
+MAX_BRANCHES = 1024  # at a time, of a search without a bound on all that it ever forks and opens
 CANDIDATES = "max_candidates"
 REALIGN = 3  # tokens that must agree for a text to go on with drafts after it has left them
 Emit = Callable[[str, dict[str, float]], None]
@@ -85,13 +85,15 @@ class Driver:
         return self._root
 
     @property
-    def ends(self) -> Collection[int]:
-        """Ids that end a text."""
-        return () if self.sampling.ignore_eos else self.group.request.eos_ids
+    def ends(self) -> frozenset[int]:
+        """The ids that end a text."""
+        request = self.group.request
+        own = () if request.sampling.ignore_eos else request.eos_ids
+        return frozenset((*own, *request.sampling.stop_token_ids))
 
     @property
     def prompt_tokens(self) -> int:
-        """Length of the root's prompt, as its main role reads it."""
+        """How long the root's prompt is, as its main role reads it."""
         return len(self.group.request.prompts[0])
 
     def same_ids(self, a: Branch, b: Branch) -> bool:
@@ -337,6 +339,8 @@ class Driver:
         if self.nodes.pop(node.branch, None) is None:
             return
         del self._of[node.state]
+        if self.plan.max_candidates is None and self._left.left is not None:
+            self._left.left += 1
         node.branch.dropped = True
         for state in (node.state, *node.streams.values()):
             self._host.remove(state)
@@ -349,6 +353,11 @@ class Driver:
             branch.steps.append(text)
         else:
             branch.steps[-1] += text
+
+    @property
+    def _spent(self) -> bool:
+        """Whether nothing runs any more: without candidates left, what there is still does."""
+        return self.exhausted not in (None, "max_candidates")
 
     def _look_at_budgets(self) -> None:
         if not self._spent and self._tokens.left == 0:

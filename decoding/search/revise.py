@@ -5,16 +5,14 @@ Snell et al. 2024, Scaling LLM Test-Time Compute Optimally, arXiv:2408.03314, se
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from decoding.answers import check_extraction, extract
 from decoding.core import BadRequest, Sampling
-from decoding.scorers.rules import aggregate
 from decoding.scorers.spec import Aggregate, Hypothesis, ScorerSpec
-from decoding.search.common import MAX_CANDIDATES, concluded, ranked, sample, whole
+from decoding.search.common import MAX_CANDIDATES, concluded, ranked, sample, verdict, whole
 from decoding.search.prompts import continued
 from decoding.search.spec import SearchKind
 from decoding.search.verbs import Branch, Candidate, Judge, Open, Run, Search, Steps
@@ -72,11 +70,7 @@ def _scored(search: Search, params: Revise, answers: Sequence[Branch]) -> Genera
         Hypothesis(search.prompt, tuple(b.steps), b.finished == "stop", b.logprob, len(b.tokens)) for b in answers
     ]
     found = yield [Judge(hypothesis, params.scorer) for hypothesis in hypotheses]
-    scores = [aggregate(values, params.aggregate) if values else math.nan for values in found]
-    return [
-        Candidate(branch, None if math.isnan(score) else score, tuple(values))
-        for branch, score, values in zip(answers, scores, found, strict=True)
-    ]
+    return [verdict(branch, values, params.aggregate) for branch, values in zip(answers, found, strict=True)]
 
 
 def by_majority(branches: Sequence[Branch], how: str) -> list[Candidate]:

@@ -76,8 +76,11 @@ def run(search: Search, params: BeamSearch) -> Steps:
                 following.append(_Next(beam, token, ends, beam.logprob + lp, long, score(beam.logprob + lp, long)))
         possible = [each for each in following if each.logprob > -math.inf]
         going = sorted((each for each in possible if not each.ends), key=lambda each: -each.logprob)[: params.width]
-        known = sorted(map(value, complete), reverse=True)
-        ending = [each for each in possible if each.ends and (len(known) < keep or each.score > known[keep - 1])]
+        scores = sorted([*map(value, complete), *(each.score for each in possible if each.ends)], reverse=True)
+        needed = scores[keep - 1] if len(scores) >= keep else -math.inf
+        ending = [each for each in possible if each.ends and each.score >= needed]
+        if all(max(each.score, score(each.logprob, longest)) <= needed for each in going):
+            going = []  # nor can anything that grows from them be among the best
         grown = yield from _grow(beams, [*going, *ending])
         complete = sorted([*complete, *(b for b in grown if b.branch.finished == "stop")], key=lambda b: -value(b))
         yield from drop(beam.branch for beam in complete[keep:])
@@ -86,9 +89,6 @@ def run(search: Search, params: BeamSearch) -> Steps:
         beams = [beam for beam in grown if not beam.branch.finished]
         length += 1
         search.progress(f"{length} tokens, {len(complete)} complete", tokens=length, complete=len(complete))
-        limit = value(complete[-1]) if len(complete) == keep else -math.inf
-        if all(max(value(beam), score(beam.logprob, longest)) <= limit for beam in beams):
-            break
     found = sorted([*complete, *cut, *beams], key=lambda beam: -value(beam))
     yield from drop(beam.branch for beam in found[keep:])
     candidates = [Candidate(beam.branch, value(beam)) for beam in found[:keep]]

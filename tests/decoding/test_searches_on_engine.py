@@ -63,13 +63,13 @@ def engine() -> Iterator[Engine]:
 
 
 def answered(
-    engine: Engine, kind: SearchKind, params: Any, sampling: Sampling, prompt: Any = PROMPT
+    engine: Engine, kind: SearchKind, params: Any, sampling: Sampling, prompt: Any = PROMPT, **plan: Any
 ) -> tuple[Completion, Usage]:
     kind.check(params, sampling)
     search.HIDDEN[kind.name] = kind
     policy = Policy((Term("base", Role("base")),))
-    plan = SearchPlan(kind.name, params, candidates=True)
-    (made,) = engine.generate(prompt, Program("plain", policy, search=plan), sampling)
+    asked = SearchPlan(kind.name, params, candidates=True, **plan)
+    (made,) = engine.generate(prompt, Program("plain", policy, search=asked), sampling)
     engine.check()
     assert made.usage is not None
     return made, made.usage
@@ -165,6 +165,17 @@ def test_nothing_but_the_model_where_the_reward_does_not_count(engine: Engine, k
     greedy = Sampling(max_tokens=20, temperature=0.0)
     (plain,) = engine.generate(PROMPT, Program("plain", Policy((Term("base", Role("base")),))), greedy)
     assert answered(engine, kind.KIND, params, greedy)[0].token_ids == plain.token_ids
+
+
+@pytest.mark.parametrize("kind", [deal, reward_search])
+def test_without_branches_a_text_goes_on_as_the_model_would(engine: Engine, kind: Any) -> None:
+    params = deal.Deal(k=3, scorer="rule") if kind is deal else reward_search.RewardSearch("rule", k=3)
+    greedy = Sampling(max_tokens=20, temperature=0.0, ignore_eos=True)
+    made, usage = answered(engine, kind.KIND, params, greedy, max_candidates=10)
+    assert usage.search is not None
+    assert (len(made.token_ids), usage.search.exhausted) == (20, "max_candidates")
+    said = list(made.token_ids)
+    assert all(best(said[:i], 1)[0][0] == said[i] for i in range(5, 20))  # ten branches are three tokens at most
 
 
 def test_nudging_never_is_the_base_alone(engine: Engine) -> None:
