@@ -238,8 +238,8 @@ class SearchPlan:
     """A search on top of a policy: its `kind`, an entry of the dict of searches, and that kind's parameters.
 
     Budgets: `max_total_tokens` of all hypotheses together (a scorer's own not counted), `max_candidates` branches that
-    may ever be forked or opened, `max_seconds`. `progress`: whether the client is told how far it is. `candidates`: whether
-    the report lists all of them. `sampled`: whether the request sets a temperature of its own.
+    may ever be forked or opened, `max_seconds`. `progress`: whether the client is told how far it is. `candidates`:
+    whether the report lists all of them. `sampled`: whether the request sets a temperature of its own.
     """
 
     kind: str

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from decoding.events import Delta, Done, Event, Failed, PromptLogprobs, TokenLogprob
+from decoding.events import Delta, Done, Event, Failed, PromptLogprobs, SearchReport, TokenLogprob
+from decoding.events import Progress as SearchProgress
 from server.errors import from_failed
 from server.generation import Job
 from server.logprobs import TextLogprobs, chat_logprobs, joined, reported
@@ -28,6 +30,7 @@ class Progress:
         self.completion_tokens = self.cached_tokens = self.preemptions = 0
         self.drafted = self.accepted = self.passes = 0
         self.forwards: dict[str, int] = {}
+        self.searches: list[SearchReport] = []
         self.stop_reasons: list[int | str | None] = [None] * job.choices
         self.unfinished = job.choices
 
@@ -36,19 +39,20 @@ class Progress:
         """Every engine request has ended."""
         return self._left == 0
 
-    def take(self, events: Sequence[Event]) -> list[tuple[int, Delta | PromptLogprobs]]:
-        """Counts the events; returns deltas with their choice, and prompt log-probs with their prompt's position."""
-        shown: list[tuple[int, Delta | PromptLogprobs]] = []
+    def take(self, events: Sequence[Event]) -> list[tuple[int, Delta | PromptLogprobs | SearchProgress]]:
+        """Counts the events; returns deltas with their choice, and other ones with their prompt's position."""
+        shown: list[tuple[int, Delta | PromptLogprobs | SearchProgress]] = []
         for event in events:
             position = self._positions[event.request_id]
             if isinstance(event, Delta):
                 choice = position * self.job.n + event.index
-                self.completion_tokens += len(event.token_ids)
+                if self.job.program.search is None:
+                    self.completion_tokens += len(event.token_ids)
                 if event.finish_reason is not None:
                     self.stop_reasons[choice] = event.stop_reason
                     self.unfinished -= 1
                 shown.append((choice, event))
-            elif isinstance(event, PromptLogprobs):
+            elif isinstance(event, PromptLogprobs | SearchProgress):
                 shown.append((position, event))
             elif isinstance(event, Failed):
                 raise from_failed(event)
@@ -58,6 +62,9 @@ class Progress:
 
     def _end(self, event: Done) -> None:
         self._left -= 1
+        if event.usage.search is not None:  # every hypothesis counts, not only those that are shown
+            self.searches.append(event.usage.search)
+            self.completion_tokens += event.usage.completion_tokens
         self.cached_tokens += event.usage.cached_tokens
         self.preemptions += event.usage.preemptions
         self.drafted += event.usage.drafted
@@ -96,13 +103,66 @@ class Progress:
             }
         return {
             "strategy": program.strategy,
-            "lossless": program.lossless,
+            "lossless": program.lossless and program.search is None,
             "models": list(dict.fromkeys([*program.models, *self.forwards])),
             "forwards": self.forwards,
             "preemptions": self.preemptions,
             "speculation": drafts,
             "stop_reasons": self.stop_reasons,
+            "search": self._search(),
         }
+
+    def _search(self) -> Any:
+        """The report of the search; a list of them where there are several prompts."""
+        if self.job.program.search is None:
+            return None
+        reports = [search_report(report) for report in self.searches]
+        if len(self.job.requests) > 1:
+            return reports
+        return reports[0] if reports else None
+
+
+def search_report(report: SearchReport) -> dict[str, Any]:
+    """How a search went, as JSON. `scored`: tokens that scorer models computed; they are not in `usage`."""
+    made: dict[str, Any] = {
+        "kind": report.kind,
+        "reason": report.reason or None,
+        "exhausted": report.exhausted,
+        "branches": report.branches,
+        "generated_tokens": report.generated,
+        "scored_tokens": dict(report.scored),
+        "details": _plain(dict(report.details)),
+    }
+    if report.candidates:
+        made["candidates"] = [
+            {
+                "text": each.text,
+                "tokens": each.tokens,
+                "finish_reason": each.finish_reason,
+                "score": number(each.score),
+                "scores": [number(value) for value in each.scores],
+                "answer": each.answer,
+                "note": each.note or None,
+            }
+            for each in report.candidates
+        ]
+    return made
+
+
+def number(value: float | None) -> float | None:
+    """JSON has no infinities."""
+    return None if value is None or not math.isfinite(value) else value
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can say it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, float):
+        return number(value)
+    return value if value is None or isinstance(value, str | int | bool) else str(value)
 
 
 def trace_entries(delta: Delta) -> list[dict[str, Any]]:
@@ -144,6 +204,8 @@ class Answer:
         for index, event in self.progress.take(events):
             if isinstance(event, PromptLogprobs):
                 self._prompt_logprobs[index] = event.logprobs
+                continue
+            if isinstance(event, SearchProgress):
                 continue
             choice = self._choices[index]
             choice.texts.append(event.text)

@@ -6,7 +6,7 @@ from fastapi import FastAPI
 
 from server import errors
 from server.auth import Authentication, BodyLimit
-from server.routes import admin, generate, health, models, tokens
+from server.routes import admin, generate, health, models, score, tokens
 from server.state import Services
 
 
@@ -20,7 +20,7 @@ def create_app(services: Services) -> FastAPI:
         redoc_url=None,
     )
     app.state.services = services
-    modules = [generate, models, tokens, health] + ([admin] if services.admin is not None else [])
+    modules = [generate, models, score, tokens, health] + ([admin] if services.admin is not None else [])
     for module in modules:
         app.include_router(module.router)
     errors.install(app)

@@ -9,41 +9,29 @@ from __future__ import annotations
 import copy
 import json
 import time
-import typing
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import ValidationError
 
 from decoding.core import BadRequest, ModelLoadError, Program, Sampling, Speculation, Term, UnknownModel
 from decoding.draft import settle_speculation
 from decoding.prepare import Catalog, check_term
 from decoding.rules import RULES
+from decoding.search import SEARCHES
+from decoding.search.settle import settle_search
 from decoding.strategies import POLICY, Strategy, discover
 from server.config import Preset
 from server.errors import ApiError, from_validation, nearest
+from server.schemas import params_model
+from server.searching import Searches, check_scorers
 
 SPECULATION = Strategy("speculation", "Drafts ahead of any policy.", Speculation, lambda _params, _model: _no_program())
 
 
 def _no_program() -> NoReturn:
     raise AssertionError("speculation is an axis of its own, not a policy")
-
-
-def params_model(strategy: Strategy) -> type[BaseModel]:
-    """A strict pydantic model with the fields of the strategy's parameters."""
-    hints = typing.get_type_hints(strategy.params)
-    definitions: dict[str, Any] = {}
-    for each in fields(strategy.params):
-        described: dict[str, Any] = {"description": each.metadata.get("description")}
-        if each.default_factory is not MISSING:
-            described["default_factory"] = each.default_factory
-        elif each.default is not MISSING:
-            described["default"] = each.default
-        definitions[each.name] = (hints[each.name], Field(**described))
-    config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
-    return create_model(strategy.name, __config__=config, **definitions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +52,18 @@ class Served:
         presets: Mapping[str, Preset],
         default: str,
         negative_weights: Literal["definition", "any"] = "definition",
+        remotes: Collection[str] = (),
     ) -> None:
         self.catalog, self.presets, self.negative_weights = catalog, dict(presets), negative_weights
+        self.remotes = remotes
         names = [*catalog, *presets]
         assert default in names, "the default is served"
         self.names = tuple(dict.fromkeys([default, *names]))
         self.created = int(time.time())
         self._strategies = discover()
         known = self._strategies | {POLICY.name: POLICY, SPECULATION.name: SPECULATION}
-        self._params = {name: params_model(strategy) for name, strategy in known.items()}
+        self._params = {name: params_model(name, strategy.params) for name, strategy in known.items()}
+        self._searches = Searches()
 
     def with_catalog(self, catalog: Catalog) -> Served:
         """The same server with other models; the default is among them."""
@@ -122,6 +113,7 @@ class Served:
             try:
                 program = self.resolve(name, None).program
                 settle_speculation(program, [(0,)], Sampling(), self.catalog, predicted=True)
+                settle_search(program, Sampling(), 1, self.catalog)
             except (ApiError, BadRequest) as error:
                 raise ModelLoadError(f"The preset '{name}' cannot be served: {error.message}") from error
 
@@ -143,14 +135,25 @@ class Served:
 
     def _program(self, decoding: dict[str, Any], model: str) -> Program:
         params = dict(decoding)
-        if params.pop("search", None) is not None:
-            message = "decoding.search is not available in this version."
-            raise ApiError(400, message, "decoding.search", "unsupported_parameter")
+        search, path = self._searches.nested(params.pop("search", None)), "decoding.search"
         trace = params.pop("trace", None)
         if trace is not None and not isinstance(trace, bool):
             raise ApiError(400, "decoding.trace must be true or false.", "decoding.trace")
         speculation = self._speculation(params.pop("speculation", None))
-        return replace(self._strategy(params, model), trace=bool(trace), speculation=speculation)
+        name = params.get("strategy")
+        if isinstance(name, str) and name in self._searches:
+            if search is not None:
+                message = f"'{name}' is a search itself: give it or decoding.search, not both."
+                raise ApiError(400, message, "decoding.strategy")
+            own = {key: value for key, value in params.items() if key != "strategy"}
+            search, path, params = self._searches.plan(name, own, "decoding"), "decoding", {}
+        if search is not None:
+            try:
+                check_scorers(search, self.catalog, self.remotes, path)
+            except BadRequest as error:
+                raise ApiError(400, error.message, error.param, error.code) from error
+        program = self._strategy(params, model)
+        return replace(program, trace=bool(trace), speculation=speculation, search=search)
 
     def _speculation(self, asked: Any) -> Speculation | None:
         """null and false are none, true is all by itself."""
@@ -178,8 +181,8 @@ class Served:
                 raise ApiError(400, f"decoding needs a strategy: {', '.join(self._strategies)}.", "decoding.strategy")
             name = "plain"
         if not isinstance(name, str) or name not in self._strategies:
-            hint = nearest(str(name), self._strategies)
-            message = f"Unknown strategy '{name}'.{hint} Available: {', '.join(self._strategies)}."
+            hint = nearest(str(name), [*self._strategies, *SEARCHES])
+            message = f"Unknown strategy '{name}'.{hint} Available: {', '.join([*self._strategies, *SEARCHES])}."
             raise ApiError(400, message, "decoding.strategy", "unknown_strategy")
         return self._build(self._strategies[name], params, model, "decoding")
 
@@ -211,8 +214,9 @@ class Served:
         return program
 
     def strategies(self) -> list[dict[str, Any]]:
-        """Every strategy: what it does, its parameters as a JSON schema, what it needs and combines with."""
-        return [
+        """Every strategy and search: what it does, its parameters as a JSON schema, what it needs and combines with."""
+        searches = self._searches.listed(list(RULES))
+        strategies = [
             {
                 "id": name,
                 "object": "strategy",
@@ -220,12 +224,13 @@ class Served:
                 "formula": strategy.formula,
                 "parameters": self._params[name].model_json_schema(),
                 "needs": list(strategy.needs),
-                "combines_with": {"speculation": list(RULES), "search": []},
+                "combines_with": {"speculation": list(RULES), "search": list(SEARCHES)},
                 "lossless": strategy.lossless,
                 "paper": strategy.paper or None,
             }
             for name, strategy in self._strategies.items()
         ]
+        return strategies + searches
 
     def speculation(self) -> dict[str, Any]:
         """What `decoding.speculation` may be, on top of any strategy: its JSON schema and the acceptance rules."""

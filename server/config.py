@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from decoding.core import SCORERS, EngineConfig, ModelSpec
+from decoding.core import SCORERS, EngineConfig, ModelLoadError, ModelSpec
+from decoding.scorers.remote import RemoteSpec
 from server.errors import nearest
 from server.family import FAMILY, embedded_family
 
@@ -73,6 +74,19 @@ class ModelEntry(Strict):
     rendering: str | None = None
 
 
+class RemoteEntry(Strict):
+    """One entry under `remotes`: a scorer on another server; see docs/scorers.md."""
+
+    url: str
+    kind: Literal["pooling", "score", "classify", "openai"] = "pooling"
+    model: str = ""
+    api_key_env: str | None = None
+    timeout: Annotated[float, Field(gt=0)] = 60.0
+    label: int = -1
+    step_marker: str | None = None
+    question: str | None = None
+
+
 class Preset(Strict):
     """A name for a model with a `decoding` field; listed as a model."""
 
@@ -91,6 +105,7 @@ class Config(Strict):
 
     models: dict[str, ModelEntry] = Field(default_factory=dict)
     presets: dict[str, Preset] = Field(default_factory=dict)
+    remotes: dict[str, RemoteEntry] = Field(default_factory=dict)
     defaults: Defaults = Defaults()
     served_model_name: Names = []
     host: str = "127.0.0.1"
@@ -104,6 +119,7 @@ class Config(Strict):
     max_num_seqs: Positive = 64
     max_num_batched_tokens: Positive = 1024
     max_logit_rows: Positive = 512
+    max_scored_tokens: Positive = 64
     max_queue: Positive = 1024
     kv_memory: Bytes | None = None
     block_size: Positive = 16
@@ -119,6 +135,7 @@ class Config(Strict):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     max_body_size: Bytes = 8 * 2**20
     max_n: Positive = 64
+    max_scored_texts: Positive = 256
     max_logprobs: Annotated[int, Field(ge=0)] = 20
     max_prompt_logprobs: Positive = 2**20
     max_logit_bias: Positive = 1024
@@ -162,6 +179,17 @@ class Config(Strict):
             for name, entry in self.models.items()
         )
 
+    def remote_specs(self) -> tuple[RemoteSpec, ...]:
+        """Scorers elsewhere. Raises ConfigError for an entry that cannot be used."""
+        made = []
+        for name, entry in self.remotes.items():
+            values = {key: value for key, value in entry.model_dump().items() if value is not None}
+            try:
+                made.append(RemoteSpec(name, **values))
+            except ModelLoadError as error:
+                raise ConfigError(f"remotes.{name}: {error}") from error
+        return tuple(made)
+
     def engine(self) -> EngineConfig:
         """The engine's own settings."""
         return EngineConfig(
@@ -170,6 +198,7 @@ class Config(Strict):
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_logit_rows=self.max_logit_rows,
+            max_scored_tokens=self.max_scored_tokens,
             max_queue=self.max_queue,
             prefix_cache=self.enable_prefix_caching,
             compile=not self.enforce_eager,
@@ -239,7 +268,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
             logger.warning("The environment variable %s is not known and is ignored.%s", name, _hint(key))
         else:
             values[key] = value
-            if key in ("models", "presets", "defaults"):
+            if key in ("models", "presets", "remotes", "defaults"):
                 try:
                     values[key] = yaml.safe_load(value)
                 except yaml.YAMLError as error:
@@ -306,12 +335,16 @@ def _check_admin(config: Config) -> None:
 
 def _check_references(config: Config) -> None:
     _check_admin(config)
+    config.remote_specs()
+    for name in config.remotes:
+        if name in config.models or name in RESERVED:
+            raise ConfigError(f"remotes: the name '{name}' is taken.")
     models = [name for name, entry in config.models.items() if entry.kind != "judge"]
     names = [*models, *config.presets]
     for name, entry in config.models.items():
         _check_part(config, name, entry)
     for name, preset in config.presets.items():
-        if name in config.models or name in RESERVED:
+        if name in config.models or name in RESERVED or name in config.remotes:
             raise ConfigError(f"presets: the name '{name}' is taken.")
         if preset.model not in models:
             raise ConfigError(f"presets.{name}.model: '{preset.model}' is not served.{nearest(preset.model, models)}")
@@ -327,6 +360,11 @@ def _explain(error: ValidationError) -> str:
     path = [str(part) for part in first["loc"]]
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
-        sections: dict[str, type[Strict]] = {"models": ModelEntry, "presets": Preset, "defaults": Defaults}
+        sections: dict[str, type[Strict]] = {
+            "models": ModelEntry,
+            "presets": Preset,
+            "remotes": RemoteEntry,
+            "defaults": Defaults,
+        }
         return f"Unknown key '{key}' in the configuration.{nearest(path[-1], sections[path[0]].model_fields)}"
     return f"{key}: {first['msg'].removeprefix('Value error, ')} (it is {first.get('input')!r})."

@@ -111,10 +111,16 @@ def _job(
     n = body.n or 1
     _check_limits(body, len(prompts) * n, logprobs, config)
     sampling = _sampling(body, logprobs, logprobs if echo else None, max_tokens)
+    program = resolved.program
+    if program.search is not None:
+        if echo:
+            raise BadRequest("A search cannot echo the prompt. Leave out echo.", "echo")
+        sampled = body.temperature is not None
+        program = replace(program, search=replace(program.search, sampled=sampled))
     text = served.catalog[resolved.program.policy.terms[0].role.model].text
     job_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
     requests = tuple(
-        prepare(resolved.program, prompt, sampling, served.catalog, n=n, salt=f"{key}:{body.cache_salt or ''}",
+        prepare(program, prompt, sampling, served.catalog, n=n, salt=f"{key}:{body.cache_salt or ''}",
                 request_id=f"{job_id}-{position}", prompt_param="messages" if chat else "prompt",
                 prediction=prediction)
         for position, prompt in enumerate(prompts)

@@ -6,13 +6,13 @@ One registry per `Metrics`, so that several servers (or tests) in a process do n
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from decoding.events import Stats
+from decoding.events import SearchReport, Stats
 from server.bridge import Bridge
 from server.generation import Job
 
@@ -83,6 +83,13 @@ class Metrics:
             "trimtab_refused", "Requests refused before they ran", ["status"], registry=self.registry
         )
         self.tokens = Counter("trimtab_tokens", "Tokens of requests", [*labels, "kind"], registry=self.registry)
+        self.searches = Counter("trimtab_searches", "Searches that ended", ["model", "search"], registry=self.registry)
+        self.candidates = Counter(
+            "trimtab_search_branches", "Hypotheses of searches", ["model", "search"], registry=self.registry
+        )
+        self.scored = Counter(
+            "trimtab_scored_tokens", "Tokens that scorers computed for searches", ["scorer"], registry=self.registry
+        )
         self.first_token = Histogram(
             "trimtab_time_to_first_token_seconds", "From request to first token", labels, buckets=_SECONDS,
             registry=self.registry,
@@ -120,11 +127,16 @@ class Tracker:
         (self._between if self._begun else self._first).observe(now - self._last)
         self._last, self._begun = now, True
 
-    def end(self, outcome: str, completion_tokens: int) -> None:
-        """`outcome`: ok, error or abort."""
+    def end(self, outcome: str, completion_tokens: int, searches: Sequence[SearchReport] = ()) -> None:
+        """`outcome`: ok, error or abort. `searches`: of the job, those that came to their end."""
         if self._ended:
             return
         self._ended = True
         self._metrics.requests.labels(*self._labels, outcome).inc()
         self._metrics.tokens.labels(*self._labels, "prompt").inc(self._job.prompt_tokens)
         self._metrics.tokens.labels(*self._labels, "completion").inc(completion_tokens)
+        for report in searches:
+            self._metrics.searches.labels(self._job.name, report.kind).inc()
+            self._metrics.candidates.labels(self._job.name, report.kind).inc(report.branches)
+            for scorer, tokens in report.scored:
+                self._metrics.scored.labels(scorer).inc(tokens)

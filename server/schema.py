@@ -7,10 +7,22 @@ Ranges that depend on a model or a setting are checked where those are known, in
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
+
+from decoding.scorers.spec import ScorerParams
 
 
 class Body(BaseModel):
@@ -221,6 +233,62 @@ class CompletionBody(GenerationBody):
     echo: bool | None = None
     best_of: Annotated[Any, _only(None, 1, why="best_of above 1 is not a field here; use n.")] = None
     suffix: Annotated[Any, _only(None, why="suffix (filling in the middle) is not supported.")] = None
+
+
+class ScorePair(Body):
+    """One text to be scored: what it answers, as a text or messages, and the answer."""
+
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    response: str
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> ScorePair:
+        if (self.prompt is None) == (self.messages is None):
+            raise _invalid("give either prompt or messages")
+        return self
+
+
+Scorer = TypeAdapter(ScorerParams)
+
+
+def _check_scorer(value: Any) -> Any:
+    """A scorer in full, as searches take it; checked in JSON mode, where arrays are tuples."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise _invalid("scorer must be an object")
+    try:
+        return Scorer.validate_json(json.dumps(value))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise _invalid(f"scorer.{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+ScorerField = Annotated[Any, BeforeValidator(_check_scorer), WithJsonSchema({"type": "object"})]
+OneOrMore = Annotated[Any, BeforeValidator(_check_stop), WithJsonSchema(_STOP)]
+
+
+class ScoreBody(Body):
+    """`POST /v1/score`: pairs of prompt and response, or vLLM's `text_1` and `text_2`."""
+
+    model: str | None = None
+    input: Annotated[list[ScorePair], Field(min_length=1)] | None = None
+    text_1: OneOrMore = None
+    text_2: OneOrMore = None
+    scorer: ScorerField = None
+    aggregate: Literal["last", "min", "prod", "mean"] | None = None
+    separator: Annotated[str, Field(min_length=1)] | None = None
+    cache_salt: str | None = None
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _texts_are_given_once(self) -> ScoreBody:
+        if (self.input is None) == (self.text_1 is None and self.text_2 is None):
+            raise _invalid("give either input, or text_1 and text_2")
+        if self.input is None and (self.text_1 is None or self.text_2 is None):
+            raise _invalid("text_1 and text_2 go together")
+        return self
 
 
 class TokenizeBody(Body):

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from decoding.core import EngineConfig, ModelLoadError, ModelSpec
 from decoding.prepare import Entry
+from decoding.scorers.remote import RemoteScorer, RemoteSpec
 from decoding.text import TextModel
 from decoding.texts import base_specs, load_texts
 from server.admin import Admin
@@ -28,14 +29,14 @@ from server.metrics import Metrics
 from server.state import Services
 
 
-def make_engine(specs: tuple[ModelSpec, ...], config: EngineConfig) -> EngineLike:
+def make_engine(specs: tuple[ModelSpec, ...], config: EngineConfig, remotes: tuple[RemoteSpec, ...] = ()) -> EngineLike:
     """Loads the models; runs in the engine's process. Raises ModelLoadError."""
     from decoding.engine import Engine  # not before: the server's process never needs weights
     from decoding.generate import load_judges, load_models
 
     options = {"compile": config.compile, "self_check": config.self_check, "adapters": config.adapters}
     hosted = load_models(specs, **options)
-    return Engine(hosted, config, load_judges(specs, hosted))
+    return Engine(hosted, config, load_judges(specs, hosted), {each.id: RemoteScorer(each) for each in remotes})
 
 
 class Server(uvicorn.Server):
@@ -80,7 +81,7 @@ async def serve(config: Config, factory: EngineFactory | None = None, console: C
     loop.add_signal_handler(signal.SIGTERM, loading.cancel)  # until uvicorn has its own
     listener = _bind(config)  # first: a taken port should not cost the loading of a model
     launch = functools.partial(launch_process, log_level=config.log_level)
-    factory = factory or functools.partial(make_engine, config.specs(), config.engine())
+    factory = factory or functools.partial(make_engine, config.specs(), config.engine(), config.remote_specs())
     bridge = Bridge(factory, max_sequences=config.max_queue + config.max_num_seqs, launch=launch)
     console.print(f"Loading {', '.join(config.models)} ...")
     try:
@@ -110,7 +111,7 @@ def _bind(config: Config) -> socket.socket:
 def build_app(config: Config, bridge: Bridge, texts: dict[str, TextModel]) -> FastAPI:
     """The app over a started bridge. Raises ModelLoadError if a preset could never be served."""
     catalog = {info.id: Entry(texts[info.id], info) for info in bridge.models}
-    served = Served(catalog, config.presets, config.default_model, config.negative_weights)
+    served = Served(catalog, config.presets, config.default_model, config.negative_weights, tuple(config.remotes))
     served.check_presets()
     admin = Admin(config.admin_root, base_specs(config.specs())) if config.admin_root else None
     return create_app(Services(config, bridge, served, Metrics(bridge), admin))

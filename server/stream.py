@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from json.encoder import encode_basestring
 from typing import Any
@@ -17,6 +18,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from decoding.events import Delta, Event, PromptLogprobs
+from decoding.events import Progress as SearchProgress
 from server.answers import Progress, trace_entries
 from server.errors import ApiError
 from server.generation import Job
@@ -49,9 +51,18 @@ class Chunks:
         for index, event in self.progress.take(events):
             if isinstance(event, PromptLogprobs):
                 frames.extend(self._echoes(index, event))
+            elif isinstance(event, SearchProgress):
+                frames.append(self._told(event))
             else:
                 frames.append(self._chunk(index, event))
         return "".join(frames)
+
+    def _told(self, event: SearchProgress) -> str:
+        """How far a search is, in a chunk without choices, which clients of OpenAI's skip."""
+        numbers = {name: value for name, value in event.numbers if math.isfinite(value)}
+        told = json.dumps({"progress": {"message": event.message} | numbers})
+        usage = ', "usage": null' if self.job.include_usage or self.job.continuous_usage else ""
+        return f'{self._head}"choices": [], "decoding": {told}{usage}}}\n\n'
 
     def end(self) -> str:
         """The frames after the last event: the report in the last chunk, usage, and the end of the stream."""

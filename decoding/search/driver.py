@@ -354,11 +354,6 @@ class Driver:
         else:
             branch.steps[-1] += text
 
-    @property
-    def _spent(self) -> bool:
-        """Whether nothing runs any more: without candidates left, what there is still does."""
-        return self.exhausted not in (None, "max_candidates")
-
     def _look_at_budgets(self) -> None:
         if not self._spent and self._tokens.left == 0:
             self.exhausted = "max_total_tokens"

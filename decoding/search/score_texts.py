@@ -6,6 +6,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
+from decoding.core import Sampling
 from decoding.scorers.rules import aggregate
 from decoding.scorers.spec import Aggregate, Hypothesis, ScorerParams, ScorerSpec
 from decoding.search.spec import SearchKind
@@ -39,7 +40,7 @@ def run(search: Search, params: ScoreTexts) -> Steps:
 
 def _under_the_policy(params: ScoreTexts) -> Generator[Any, Any, list[list[float]]]:
     """Scores that need the texts' log-probabilities: each is fed to the model."""
-    branches = yield [Open(prompt, params.writer) for prompt, _ in params.texts]
+    branches = yield [Open(prompt, params.writer, Sampling(ignore_eos=True)) for prompt, _ in params.texts]
     for place in range(max(len(steps) for _, steps in params.texts)):
         fed = [(b, steps[place]) for b, (_, steps) in zip(branches, params.texts, strict=True) if place < len(steps)]
         yield [Feed(branch, step, step=True, logprobs=True) for branch, step in fed]

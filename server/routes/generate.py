@@ -76,7 +76,7 @@ class Run:
             return answer.body()
 
         try:
-            body = await _unless_gone(request, gather())
+            body = await unless_gone(request, gather())
         except ApiError:
             self._failed = True
             raise
@@ -88,7 +88,7 @@ class Run:
         """The answer as events. It begins with the first of them, so that a refusal still has a status of its own."""
         chunks = Chunks(self.job, self.progress)
         try:
-            events = await _unless_gone(request, self._events())
+            events = await unless_gone(request, self._events())
             begun = None if events is None else chunks.take(events)
         except BaseException as error:
             self._failed = isinstance(error, ApiError)
@@ -119,10 +119,10 @@ class Run:
     def _end(self) -> None:
         aborted = self.channel.close()
         outcome = "error" if self._failed else "abort" if aborted else "ok"
-        self.tracker.end(outcome, self.progress.completion_tokens)
+        self.tracker.end(outcome, self.progress.completion_tokens, self.progress.searches)
 
 
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T | None:
+async def unless_gone(request: Request, work: Awaitable[T]) -> T | None:
     """The result of `work`, or None as soon as the client has gone; then `work` is cancelled."""
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(disconnected(request.receive))

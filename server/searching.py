@@ -1,0 +1,120 @@
+"""`decoding.search` and search names as strategies: from JSON to a `SearchPlan`, and what is listed of searches.
+
+Kinds are read from `decoding.search.SEARCHES`; nothing here knows one by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from decoding.core import BadRequest, Sampling, SearchPlan
+from decoding.prepare import Catalog
+from decoding.scorers.build import check_scorer
+from decoding.scorers.spec import ScorerParams
+from decoding.search import SEARCHES, known_searches
+from decoding.search.spec import SearchKind
+from server.errors import ApiError, from_validation, nearest
+from server.schemas import params_model
+
+
+def _says(description: str) -> dict[str, str]:
+    return {"description": description}
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What every search takes besides its own parameters."""
+
+    max_total_tokens: int | None = field(
+        default=None, metadata=_says("Tokens of all hypotheses together; the search ends with what it has.")
+    )
+    max_candidates: int | None = field(default=None, metadata=_says("Hypotheses that may ever be begun."))
+    max_seconds: float | None = field(default=None, metadata=_says("Time for the whole search."))
+    progress: bool = field(default=False, metadata=_says("Streams tell how far the search is."))
+    candidates: bool = field(default=False, metadata=_says("The report lists all candidates with their scores."))
+
+
+class Searches:
+    """The searches as requests write them."""
+
+    def __init__(self) -> None:
+        self._bounds = params_model("search", Bounds)
+        self._models = {name: params_model(name, kind.params) for name, kind in SEARCHES.items()}
+
+    def __contains__(self, name: object) -> bool:
+        return name in SEARCHES
+
+    def nested(self, asked: Any) -> SearchPlan | None:
+        """The plan of `decoding.search`; null and false are none. Raises ApiError."""
+        if asked is None or asked is False:
+            return None
+        if not isinstance(asked, dict):
+            message = 'decoding.search must be an object such as {"kind": ...}, or false.'
+            raise ApiError(400, message, "decoding.search")
+        params = dict(asked)
+        kind = params.pop("kind", None)
+        if not isinstance(kind, str) or kind not in SEARCHES:
+            hint = nearest(str(kind), SEARCHES)
+            message = f"Unknown search '{kind}'.{hint} Available: {', '.join(SEARCHES)}."
+            raise ApiError(400, message, "decoding.search.kind", "unknown_search")
+        return self.plan(kind, params, "decoding.search")
+
+    def plan(self, kind: str, params: Mapping[str, Any], path: str) -> SearchPlan:
+        """The plan of a search and the parameters beside its name; `path` is where they stand. Raises ApiError."""
+        bounds = {each.name for each in fields(Bounds)}
+        given = {key: value for key, value in params.items() if value is not None}
+        own = _checked(self._models[kind], {k: v for k, v in given.items() if k not in bounds}, path)
+        shared = _checked(self._bounds, {k: v for k, v in given.items() if k in bounds}, path)
+        made, row = SEARCHES[kind].params(**own), SEARCHES[kind]
+        try:
+            row.check(made, Sampling() if row.temperature is None else Sampling(temperature=row.temperature))
+        except BadRequest as error:
+            raise ApiError(400, error.message, f"{path}.{error.param}" if error.param else path) from error
+        return SearchPlan(kind, made, **shared)
+
+    def listed(self, accept: list[str]) -> list[dict[str, Any]]:
+        """Every search: what it does, its parameters as a JSON schema, what it needs. `accept`: acceptance rules."""
+        return [
+            {
+                "id": name,
+                "object": "search",
+                "summary": kind.summary,
+                "formula": kind.formula or None,
+                "parameters": self._models[name].model_json_schema(),
+                "bounds": self._bounds.model_json_schema(),
+                "default_temperature": kind.temperature,
+                "needs": list(kind.needs),
+                "combines_with": {"speculation": accept, "policy": "every strategy"},
+                "lossless": False,
+                "paper": kind.paper or None,
+            }
+            for name, kind in SEARCHES.items()
+        ]
+
+
+def check_scorers(plan: SearchPlan, catalog: Catalog, remotes: Container[str], path: str) -> None:
+    """Whether the scorers that a search names are served. Raises BadRequest naming the parameter."""
+    kind: SearchKind = known_searches()[plan.kind]
+    kinds = {id: "adapter" if entry.info.of else entry.info.kind for id, entry in catalog.items()}
+    for scorer in kind.scorers(plan.params):
+        if scorer is not None:
+            check_scorer(scorer, kinds, remotes, f"{path}.{_named_by(scorer, plan.params)}")
+
+
+def _named_by(scorer: str | ScorerParams, params: Any) -> str:
+    """The parameter whose value it is."""
+    return next((each.name for each in fields(params) if getattr(params, each.name) == scorer), "scorer")
+
+
+def _checked(schema: type[BaseModel], params: Mapping[str, Any], path: str) -> dict[str, Any]:
+    try:
+        # By way of JSON: strictness there takes arrays for tuples.
+        checked = schema.model_validate_json(json.dumps(params))
+    except ValidationError as error:
+        raise from_validation(error, schema.model_fields, path) from error
+    return {key: getattr(checked, key) for key in schema.model_fields}

@@ -1,0 +1,312 @@
+"""Searches and scores over HTTP, on the real engine over table models: answers, streams, reports, refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+
+from decoding.admit import Hosted
+from decoding.core import EngineConfig, ModelSpec, Sampling
+from decoding.engine import Engine
+from decoding.search import SEARCHES, searching
+from decoding.text import TextModel
+from server.bridge import Bridge, launch_thread
+from server.config import Config, ConfigError, load_config
+from server.start import build_app
+from tests.fakes import TableModel, byte_tokenizer, random_table
+from tests.server.test_errors import error_of
+
+CHAT, TEXT, SCORE = "/v1/chat/completions", "/v1/completions", "/v1/score"
+MODELS = {"base": "causal", "small": "causal", "prm": "prm"}
+
+
+def letters(seed: int, scale: float = 3.0) -> torch.Tensor:
+    """A table that writes small letters and sometimes ends."""
+    table = random_table(seed, width=257, scale=scale)
+    keep = torch.full((257,), -60.0)
+    keep[97:123], keep[256] = 0.0, -1.0
+    return table + keep
+
+
+def specs() -> dict[str, ModelSpec]:
+    extra: dict[str, Any] = {"prm": {"step_marker": "+", "score_tokens": ("y", "n")}}
+    return {id: ModelSpec(id, f"/{id}", kind=kind, **extra.get(id, {})) for id, kind in MODELS.items()}  # type: ignore[arg-type]
+
+
+def make_engine() -> Engine:
+    tables = {"base": letters(1), "small": letters(2), "prm": random_table(3, width=257)}
+    hosted = {
+        id: Hosted(
+            TableModel(id, tables[id], memory=5), TextModel(id, byte_tokenizer()), 40_000, None, kind, specs()[id]
+        )
+        for id, kind in MODELS.items()
+    }
+    return Engine(hosted, EngineConfig(block_size=4))
+
+
+@contextlib.asynccontextmanager
+async def client_of(**settings: Any) -> AsyncIterator[httpx.AsyncClient]:
+    entries = {id: {"path": f"/{id}", "kind": kind} for id, kind in MODELS.items()}
+    presets = {"base@best": {"model": "base", "decoding": {"search": {"kind": "best_of_n", "n": 3, "scorer": "prm"}}}}
+    config = Config.model_validate({"models": entries, "presets": presets, "log_level": "error"} | settings)
+    bridge = Bridge(make_engine, launch=launch_thread)
+    await bridge.start()
+    texts = {id: TextModel(id, byte_tokenizer()) for id in MODELS}
+    transport = httpx.ASGITransport(build_app(config, bridge, texts))
+    try:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test/", timeout=60) as client:
+            yield client
+        assert bridge.sequences == 0
+    finally:
+        bridge.stop()
+
+
+def ask(path: str, body: dict[str, Any] | None = None, **settings: Any) -> httpx.Response:
+    async def run() -> httpx.Response:
+        async with client_of(**settings) as client:
+            return await (client.get(path) if body is None else client.post(path, json=body))
+
+    return asyncio.run(run())
+
+
+PLAIN: dict[str, Any] = {"model": "base", "prompt": "once upon", "max_tokens": 12, "seed": 7}
+STEPS = {"kind": "step_speculative", "scorer": "prm"}
+BEST = {"kind": "best_of_n", "n": 4, "scorer": "prm", "candidates": True}
+
+
+def test_the_winner_is_the_first_choice_and_everything_is_reported() -> None:
+    answer = ask(TEXT, PLAIN | {"n": 2, "decoding": {"search": BEST}}).json()
+    report = answer["decoding"]["search"]
+    candidates = report["candidates"]
+    assert len(candidates) == 4
+    assert [choice["text"] for choice in answer["choices"]] == [each["text"] for each in candidates[:2]]
+    order = [(each["finish_reason"] != "stop", -each["score"]) for each in candidates]
+    assert order == sorted(order)
+    assert all(each["scores"] == [each["score"]] for each in candidates)
+    assert answer["usage"]["completion_tokens"] == sum(each["tokens"] for each in candidates)
+    assert report["generated_tokens"] == answer["usage"]["completion_tokens"]
+    assert report["scored_tokens"]["prm"] > 0
+    assert (report["kind"], report["exhausted"]) == ("best_of_n", None)
+    assert answer["decoding"]["lossless"] is False
+    assert set(answer["decoding"]["forwards"]) == {"base", "prm"}
+
+
+def test_a_search_over_http_is_the_search_in_process() -> None:
+    engine = make_engine()
+    mine = engine.generate(
+        "once upon", searching("best_of_n", "base", n=4, scorer="prm"), Sampling(seed=7, max_tokens=12)
+    )
+    for decoding in ({"search": BEST}, {"strategy": "best_of_n", "n": 4, "scorer": "prm"}):
+        assert ask(TEXT, PLAIN | {"decoding": decoding}).json()["choices"][0]["text"] == mine[0].text
+    assert (
+        ask(TEXT, PLAIN | {"model": "base@best", "decoding": {"search": BEST}}).json()["choices"][0]["text"]
+        == mine[0].text
+    )
+
+
+def test_a_searchs_temperature_is_used_where_the_request_has_none() -> None:
+    texts = [
+        ask(TEXT, PLAIN | extra | {"decoding": {"search": BEST}}).json()["decoding"]["search"]["candidates"]
+        for extra in ({}, {"temperature": 0.8}, {"temperature": 1.0})
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_stream_tells_progress_only_to_those_who_ask_and_then_the_winner() -> None:
+    search = {"kind": "beam", "n": 4, "width": 2, "scorer": "prm", "step_tokens": 4, "max_steps": 2}
+    body = {
+        "model": "base",
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 12,
+        "seed": 3,
+        "stream": True,
+    }
+    whole = ask(CHAT, {k: v for k, v in body.items() if k != "stream"} | {"decoding": {"search": search}}).json()
+    for progress in (False, True):
+        asked = body | {
+            "decoding": {"search": search | {"progress": progress}},
+            "stream_options": {"include_usage": True},
+        }
+        frames = [json.loads(line[6:]) for line in ask(CHAT, asked).text.splitlines() if line.startswith("data: {")]
+        told = [frame["decoding"]["progress"] for frame in frames if "progress" in frame.get("decoding", {})]
+        assert bool(told) is progress
+        assert all(frame["message"] for frame in told)
+        content = [frame["choices"][0]["delta"].get("content") for frame in frames if frame["choices"]]
+        assert "".join(filter(None, content)) == whole["choices"][0]["message"]["content"]
+        assert frames[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+        assert frames[-1]["decoding"]["search"]["kind"] == "beam"
+        assert all(frame["usage"] is None for frame in frames[:-1])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_sdk_takes_a_search(stream: bool) -> None:
+    async def run() -> None:
+        async with client_of() as http:
+            client = openai.AsyncOpenAI(
+                base_url="http://test/v1",
+                api_key="any",
+                http_client=http,
+                max_retries=0,
+                _strict_response_validation=True,
+            )
+            search = {"kind": "best_of_n", "n": 3, "scorer": "prm", "progress": True}
+            extra: Any = {"decoding": {"search": search}}
+            messages: Any = [{"role": "user", "content": "hi"}]
+            made: Any = await client.chat.completions.create(
+                model="base", messages=messages, max_tokens=8, stream=stream, extra_body=extra, logprobs=True, seed=1
+            )
+            if not stream:
+                assert made.choices[0].logprobs.content
+                assert made.model_extra["decoding"]["search"]["kind"] == "best_of_n"
+                return
+            assert [chunk async for chunk in made][-1].choices[0].finish_reason
+
+    asyncio.run(run())
+
+
+def test_budgets_end_a_search_with_what_it_has() -> None:
+    search = BEST | {"n": 8, "max_total_tokens": 20}
+    answer = ask(TEXT, PLAIN | {"ignore_eos": True, "decoding": {"search": search}}).json()
+    assert answer["usage"]["completion_tokens"] == 20
+    assert answer["decoding"]["search"]["exhausted"] == "max_total_tokens"
+    assert "max_total_tokens" in answer["decoding"]["search"]["reason"]
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_several_prompts_have_a_report_each() -> None:
+    answer = ask(TEXT, PLAIN | {"prompt": ["one", "two"], "decoding": {"search": BEST}}).json()
+    assert [len(report["candidates"]) for report in answer["decoding"]["search"]] == [4, 4]
+    assert len(answer["choices"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"decoding": {"search": {"kind": "best"}}}, "decoding.search.kind", "Did you mean"),
+        ({"decoding": {"search": "beam"}}, "decoding.search", "must be an object"),
+        ({"decoding": {"search": BEST | {"m": 1}}}, "decoding.search.m", "Unrecognized"),
+        ({"decoding": {"search": BEST | {"n": 0}}}, "decoding.search.n", "from 1 to 64"),
+        ({"decoding": {"search": BEST | {"n": 65}}}, "decoding.search.n", "from 1 to 64"),
+        ({"decoding": {"strategy": "best_of_n", "n": 0}}, "decoding.n", "from 1 to 64"),
+        ({"decoding": {"search": BEST | {"scorer": "rm"}}}, "decoding.search.scorer", "prm"),
+        ({"decoding": {"strategy": "best_of_n", "scorer": "rm"}}, "decoding.scorer", "prm"),
+        ({"decoding": {"search": {"kind": "beam"}}}, "decoding.search.scorer", "Missing"),
+        ({"decoding": {"search": BEST | {"max_total_tokens": 0}}}, "decoding.search.max_total_tokens", "above 0"),
+        ({"decoding": {"search": STEPS | {"draft": "x"}}}, "decoding.search", "small"),
+        ({"decoding": {"search": STEPS | {"draft": "prm"}}}, "decoding.search", "cannot write"),
+        ({"decoding": {"search": BEST}, "temperature": 0}, "temperature", "4 independent samples"),
+        ({"decoding": {"search": BEST}, "n": 5}, "n", "4 candidates"),
+        ({"decoding": {"search": BEST}, "echo": True}, "echo", "echo"),
+        ({"decoding": {"search": BEST}, "max_tokens": 0}, "max_tokens", "at least 1"),
+        ({"decoding": {"search": BEST, "strategy": "best_of_n"}}, "decoding.strategy", "not both"),
+        ({"model": "prm"}, "model", "scorer"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_served_is_refused_by_name(body: dict[str, Any], param: str, words: str) -> None:
+    error = error_of(ask(TEXT, PLAIN | body), 400)
+    assert error["param"] == param
+    assert words in error["message"]
+
+
+def test_strategies_list_the_searches() -> None:
+    listed = {each["id"]: each for each in ask("/v1/strategies").json()["data"]}
+    for name, kind in SEARCHES.items():
+        assert listed[name]["object"] == "search"
+        assert listed[name]["summary"] == kind.summary
+        assert set(listed[name]["parameters"]["properties"]) == set(kind.params.__dataclass_fields__)
+    assert listed["plain"]["combines_with"]["search"] == list(SEARCHES)
+
+
+def test_metrics_count_searches() -> None:
+    async def run() -> str:
+        async with client_of() as client:
+            await client.post(TEXT, json=PLAIN | {"decoding": {"search": BEST}})
+            return (await client.get("/metrics")).text
+
+    text = asyncio.run(run())
+    assert 'trimtab_searches_total{model="base",search="best_of_n"} 1.0' in text
+    assert 'trimtab_search_branches_total{model="base",search="best_of_n"} 5.0' in text
+    assert 'trimtab_scored_tokens_total{scorer="prm"}' in text
+
+
+# -- scores of given texts ------------------------------------------------------------------------------------------
+
+
+def prm_scores(prompt: str, steps: list[str]) -> list[float]:
+    """The PRM's own reading: P(y) over y and n at each marker."""
+    model, ids, found = TableModel("prm", random_table(3, width=257), memory=5), list(prompt.encode()), []
+    for step in steps:
+        ids += [*step.encode(), ord("+")]
+        pair = model.row(ids)[torch.tensor([ord("y"), ord("n")])]
+        found.append(float(torch.softmax(pair, 0)[0]))
+    return found
+
+
+def test_scores_of_steps() -> None:
+    pairs = [{"prompt": "Q", "response": "one\n\ntwo\n\n"}, {"prompt": "Q", "response": "three"}]
+    for extra, how in (({}, lambda v: v[-1]), ({"aggregate": "min"}, min)):  # type: ignore[var-annotated]
+        answer = ask(SCORE, {"model": "prm", "input": pairs} | extra).json()
+        want = [prm_scores("Q", ["one\n\n", "two\n\n"]), prm_scores("Q", ["three"])]
+        assert [each["scores"] for each in answer["data"]] == [pytest.approx(each, abs=1e-5) for each in want]
+        assert [each["score"] for each in answer["data"]] == [pytest.approx(how(each), abs=1e-5) for each in want]
+        assert (answer["object"], answer["model"]) == ("list", "prm")
+        assert answer["usage"]["total_tokens"] > 0
+
+
+def test_scores_by_likelihood_rules_and_vllms_fields() -> None:
+    base = TableModel("base", letters(1), memory=5)
+    want = sum(float(torch.log_softmax(base.row(list(b"Q: " + b"hello"[:i])), 0)[b"hello"[i]]) for i in range(5))
+    body = {"model": "base", "input": [{"prompt": "Q: ", "response": "hello"}], "scorer": {"rule": "likelihood"}}
+    assert ask(SCORE, body).json()["data"][0]["score"] == pytest.approx(want, abs=1e-4)
+    body = {"model": "base", "text_1": "Q", "text_2": ["a tide", "b"], "scorer": {"keywords": ["tide"]}}
+    assert [each["score"] for each in ask(SCORE, body).json()["data"]] == [1.0, 0.0]
+    assert ask("/score", body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "status"),
+    [
+        ({"model": "prm"}, None, 400),
+        ({"model": "prm", "input": []}, "input", 400),
+        ({"model": "prm", "input": [{"response": "x"}]}, "input.0", 400),
+        ({"model": "prm", "text_1": ["a", "b"], "text_2": ["c"]}, "text_1", 400),
+        ({"model": "prm", "text_1": "a"}, None, 400),
+        ({"model": "nobody", "text_1": "a", "text_2": "b"}, "model", 404),
+        ({"model": "prm", "text_1": "a", "text_2": "b", "scorer": {"x": 1}}, "scorer", 400),
+        ({"model": "prm", "text_1": "a", "text_2": "b", "scorer": {"weights": [1.0]}}, "scorer.weights", 400),
+        ({"model": "prm", "text_1": "a", "text_2": ["b"] * 300}, "input", 400),
+        ({"model": "prm", "text_1": "a" * 600, "text_2": "b"}, "max_tokens", 400),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(body: dict[str, Any], param: str | None, status: int) -> None:
+    assert error_of(ask(SCORE, body), status)["param"] == param
+
+
+def test_remote_scorers_are_configured_not_sent(tmp_path: Any) -> None:
+    file = tmp_path / "trimtab.yaml"
+    file.write_text("models: {a: {path: x}}\nremotes: {far: {url: 'http://h:1', kind: score}}")
+    (spec,) = load_config(file=str(file), environment={}).remote_specs()
+    assert (spec.id, spec.kind) == ("far", "score")
+    for entry, words in (
+        ("{far: {url: 'ftp://h'}}", r"remotes\.far: .*http"),
+        ("{far: {url: 'http://h', kind: other}}", r"remotes\.far\.kind"),
+        ("{a: {url: 'http://h'}}", "the name 'a' is taken"),
+        ("{far: {uri: 'http://h'}}", "Unknown key"),
+    ):
+        file.write_text(f"models: {{a: {{path: x}}}}\nremotes: {entry}")
+        with pytest.raises(ConfigError, match=words):
+            load_config(file=str(file), environment={})
+
+
+def test_a_preset_whose_scorer_is_not_served_does_not_start() -> None:
+    presets = {"p": {"model": "base", "decoding": {"search": {"kind": "best_of_n", "scorer": "rm"}}}}
+    with pytest.raises(Exception, match="'p' cannot be served: The scorer 'rm' is not loaded"):
+        ask("/health", presets=presets)
