@@ -1,8 +1,8 @@
 """Monte-Carlo tree search with a process reward model in place of full roll-outs (Zhang et al. 2024, ReST-MCTS*).
 
-arXiv:2406.03816, algorithm 2 and appendix C. Ties go to the child that came first. An answer counts as found where a
-text has ended: the paper's value also measures progress, so that a high one means the same there; scores of steps in
-general do not. Roll-outs that reach the end of their text are answers too.
+arXiv:2406.03816, algorithm 2 and appendix C. Ties go to the child that came first. Only a text that has ended is an
+answer, and good enough or not: the paper's value also measures progress, so that a high one means the same there;
+scores of steps in general do not. Roll-outs that reach the end of their text are answers too.
 """
 
 from __future__ import annotations
@@ -91,8 +91,6 @@ def run(search: Search, params: Mcts) -> Steps:
         leaf = root
         while leaf.children:
             leaf = max(leaf.children, key=lambda child: child.uct(params.c))
-        if leaf.branch.finished == "stop" and leaf.value >= params.end_value:
-            break
         if not leaf.branch.finished:
             yield from _expand(search, params, leaf)
             if not leaf.children:
@@ -104,6 +102,9 @@ def run(search: Search, params: Mcts) -> Steps:
         _back_up(leaf)
         rounds += 1
         search.progress(f"iteration {rounds} of {params.iterations}", iteration=rounds, value=root.value)
+        ended = [child.value for child in leaf.children if child.branch.finished == "stop"]
+        if max([*ended, *map(worth, answers)], default=-math.inf) >= params.end_value:
+            break
     found = [Candidate(leaf.branch, leaf.value, leaf.scores) for leaf in root.leaves()]
     found = ranked([*found, *answers])
     kept, merged = distinct([each.branch for each in found])

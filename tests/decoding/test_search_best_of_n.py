@@ -174,6 +174,12 @@ def test_scores_without_a_zero_go_through_a_sigmoid() -> None:
     assert chosen(vote(texts, [0.4, 0.4, 1.0], vote="weighted", squash="sigmoid"))[0] == "a 7"
 
 
+@pytest.mark.parametrize(("scores", "squashes"), [([-0.1, 0.5], True), ([0.5, 1.1], True), ([0.0, 1.0], False)])
+def test_any_score_outside_0_to_1_calls_for_the_sigmoid(scores: list[float], squashes: bool) -> None:
+    votes = vote(["a 7$", "b 8$"], scores, vote="weighted").details["votes"]
+    assert votes == pytest.approx(dict(zip("78", squashed(scores) if squashes else scores, strict=True)))
+
+
 def test_a_sigmoid_of_any_score_is_finite() -> None:
     assert squashed([-1e9, -math.inf, 0.0, 1e9]) == [0.0, 0.0, 0.5, 1.0]
 
