@@ -33,6 +33,9 @@ def command(
     max_num_seqs: Count = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens of all models in one tick.")] = None,
     max_logit_rows: Count = None,
+    max_scored_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that scorers read in a tick in which streams wait for a token.")
+    ] = None,
     max_queue: Annotated[int | None, typer.Option(help="Sequences that may wait.")] = None,
     kv_memory: Annotated[str | None, typer.Option(help="Bytes for keys and values, such as 8GiB.")] = None,
     block_size: Count = None,
@@ -54,6 +57,7 @@ def command(
     log_level: Text = None,
     max_body_size: Text = None,
     max_n: Count = None,
+    max_scored_texts: Annotated[int | None, typer.Option(help="Texts of one request to /v1/score.")] = None,
     max_logprobs: Count = None,
     max_prompt_logprobs: Count = None,
     max_logit_bias: Count = None,

@@ -39,7 +39,9 @@ def _choice(driver: Driver, index: int, candidate: Candidate) -> Delta:
     if candidate.text is not None:
         return Delta(id, index, (), candidate.text, finish_reason="stop", stop_reason=branch.stop_reason)
     told = driver.told_of(branch)
-    wanted = driver.group.request.sampling.logprobs is not None
+    # Of what was fed without asking for log-probs there are none, and a list with gaps would be a wrong one.
+    whole = all(len(delta.logprobs) == len(delta.token_ids) for delta in told)
+    wanted = driver.group.request.sampling.logprobs is not None and whole
     return Delta(
         id,
         index,

@@ -18,7 +18,7 @@ import torch
 
 from decoding.core import AcceptKind, Sampling, Speculation
 from decoding.draft import MAX_DRAFTS
-from decoding.events import Delta
+from decoding.events import Delta, TokenLogprob
 from decoding.lookup import Lookup, Source
 from decoding.scorers.spec import Hypothesis
 from decoding.search.host import Host
@@ -37,13 +37,18 @@ Emit = Callable[[str, dict[str, float]], None]
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A branch's side in the engine. streams: what scorers have read of it. told: its deltas, for the winner's."""
+    """A branch's side in the engine.
+
+    streams: what scorers have read of it. told: its deltas, for the winner's. nexts: after how many tokens the next
+    ones were last asked for, and their log-probs.
+    """
 
     branch: Branch
     state: State
     prompt: Prompt
     streams: Streams = field(default_factory=dict)
     told: list[Delta] = field(default_factory=list)
+    nexts: tuple[int, dict[int, float]] = (-1, {})
 
 
 class Driver:
@@ -226,7 +231,7 @@ class Driver:
             branch.children += 1
             made = self._register(self._host.copy(state, child.path), node.prompt, child)
             mine = self.nodes[made]
-            mine.told = list(node.told)
+            mine.told, mine.nexts = list(node.told), node.nexts
             mine.streams = {key: self._host.copy_stream(stream) for key, stream in node.streams.items()}
             children.append(made)
         return children
@@ -239,6 +244,10 @@ class Driver:
         before, text = len(state.output), branch.text
         state.goal = Goal(budget=self._tokens)
         delta = self._host.feed(state, tokens)
+        at, known = node.nexts
+        if at == before and delta.token_ids and delta.token_ids[0] in known and not verb.logprobs:
+            first = delta.token_ids[0]
+            delta = replace(delta, logprobs=(TokenLogprob(first, known[first]),))
         self.group.completion_tokens += len(delta.token_ids)
         self.saw(state, delta)
         self._step(branch, branch.text[len(text) :], verb.step)
@@ -254,6 +263,7 @@ class Driver:
             return []
         yield from self._reach(node, goal := Goal(row=True, top=k))
         assert goal.told is not None, "its row was mixed"
+        node.nexts = (len(node.state.output), dict(goal.told.top))
         return goal.told.top
 
     def _run(self, node: Node, verb: Run) -> Work:

@@ -298,6 +298,36 @@ def test_top_probe_and_fed_tokens_tell_the_policys_log_probs(asked: Any) -> None
     assert tokens[0] == told["top"][0][0]
 
 
+def test_tokens_that_were_chosen_among_the_likeliest_have_their_log_probs(asked: Any) -> None:
+    def run(it: Search) -> Steps:
+        branch = it.root
+        for _ in range(3):
+            ((token, _),) = yield Top(branch, 1)
+            (branch,) = yield Fork(branch, 1)
+            yield Feed(branch, [token])
+        yield Run(branch)
+        return one(branch)
+
+    engine = make_engine()
+    sampling = replace(SAMPLED, temperature=0.0, logprobs=0, max_tokens=6)
+    (found,) = engine.generate(PROMPT, asked(run), sampling)
+    (plain,) = engine.generate(PROMPT, PLAIN, sampling)
+    assert found.token_ids == plain.token_ids
+    assert [e.token_id for e in found.logprobs] == plain.token_ids
+    assert [e.logprob for e in found.logprobs] == pytest.approx([e.logprob for e in plain.logprobs], abs=1e-5)
+
+
+def test_log_probs_with_gaps_are_not_told(asked: Any) -> None:
+    def run(it: Search) -> Steps:
+        yield Feed(it.root, "ab")
+        yield Run(it.root, Until(tokens=3))
+        return one(it.root)
+
+    (found,) = make_engine().generate(PROMPT, asked(run), replace(SAMPLED, logprobs=0))
+    assert len(found.token_ids) == 5
+    assert found.logprobs == []
+
+
 def test_a_fork_leaves_its_parents_blocks_alone(asked: Any) -> None:
     """At every length of text, block boundaries included, whatever children and the parent itself go on with."""
     pools: list[torch.Tensor] = []

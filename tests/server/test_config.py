@@ -124,7 +124,7 @@ def test_the_embedded_family(tmp_path: Path) -> None:
 
 def test_the_command_line_has_a_flag_for_every_setting() -> None:
     flags = set(command.__annotations__) - {"model", "config", "return"}
-    assert flags == set(Config.model_fields) - {"models", "presets", "defaults"}
+    assert flags == set(Config.model_fields) - {"models", "presets", "remotes", "defaults"}
 
 
 def test_a_bad_configuration_is_exit_code_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

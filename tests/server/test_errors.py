@@ -93,7 +93,7 @@ CASES: list[tuple[str, dict[str, Any], str | None, str]] = [
     (TEXT, X | {"decoding": DECODING | {"alhpa": 1}}, "decoding.alhpa", "Did you mean 'alpha'"),
     (TEXT, X | {"decoding": DECODING | {"alpha": -1}}, "decoding.alpha", "--negative-weights any"),
     (TEXT, X | {"decoding": {"strategy": "proxy_tuning", "anti": "base"}}, "decoding.expert", "Missing"),
-    (TEXT, X | {"decoding": DECODING | {"search": {"kind": "beam"}}}, "decoding.search", "not available"),
+    (TEXT, X | {"decoding": DECODING | {"search": {"kind": "beam"}}}, "decoding.search.scorer", "Missing"),
     (TEXT, X | {"decoding": DECODING | {"speculation": 4}}, "decoding.speculation", "must be true, false or an object"),
     (TEXT, X | {"decoding": {"speculation": {"draft": "nobody"}}}, "decoding.speculation.draft", "ngram, prediction"),
     (TEXT, X | {"decoding": {"speculation": {"draft": "base"}}}, "decoding.speculation.draft", "a smaller one"),

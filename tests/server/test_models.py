@@ -14,6 +14,7 @@ import pytest
 from decoding.core import ModelLoadError
 from decoding.events import ModelInfo
 from decoding.prepare import Entry
+from decoding.search import SEARCHES
 from decoding.strategies import STRATEGIES
 from decoding.text import TextModel
 from server.catalog import Served
@@ -51,7 +52,7 @@ def test_a_request_may_change_a_presets_parameters_or_stand_alone(ask: Ask) -> N
 
 def test_strategies_describe_their_parameters(ask: Ask) -> None:
     listed = {strategy["id"]: strategy for strategy in ask("/v1/strategies").json()["data"]}
-    assert list(listed) == list(STRATEGIES)
+    assert list(listed) == [*STRATEGIES, *SEARCHES]
     parameters = listed["proxy_tuning"]["parameters"]
     assert parameters["required"] == ["expert", "anti"]
     assert parameters["properties"]["alpha"]["default"] == 1.0
