@@ -40,18 +40,20 @@ def prepare(
     salt: str = "",
     request_id: str | None = None,
     prompt_param: str = "prompt",
+    search_param: str = "decoding.search",
     prediction: str | None = None,
     constraint: Callable[[], Constraint] | None = None,
 ) -> Request:
     """Renders every term's view of the prompt and checks the request against the models that it uses.
 
-    `sampling.max_tokens` None becomes what fits. `prompt_param` is what the prompt is called in errors. `prediction` is
-    text that the answer may repeat, `constraint` makes what restricts each choice's tokens. Raises BadRequest (code
-    `context_length_exceeded` if the prompt is too long) and UnknownModel.
+    `sampling.max_tokens` None becomes what fits. `prompt_param` is what the prompt is called in errors, `search_param`
+    where a search's parameters stand. `prediction` is text that the answer may repeat, `constraint` makes what
+    restricts each choice's tokens. Raises BadRequest (code `context_length_exceeded` if the prompt is too long) and
+    UnknownModel.
     """
     from decoding.search.settle import settle_search  # searches ask for prompts to be prepared themselves
 
-    sampling = settle_search(program, sampling, n, catalog)
+    sampling = settle_search(program, sampling, n, catalog, search_param)
     terms = program.policy.terms
     if len(terms) > MAX_TERMS:
         raise BadRequest(f"The policy has {len(terms)} terms; at most {MAX_TERMS} can be mixed.", "decoding")

@@ -57,6 +57,7 @@ def command(
     log_level: Text = None,
     max_body_size: Text = None,
     max_n: Count = None,
+    max_candidates: Annotated[int | None, typer.Option(help="Hypotheses that a search may have side by side.")] = None,
     max_scored_texts: Annotated[int | None, typer.Option(help="Texts of one request to /v1/score.")] = None,
     max_logprobs: Count = None,
     max_prompt_logprobs: Count = None,

@@ -30,7 +30,7 @@ class Progress:
         self.completion_tokens = self.cached_tokens = self.preemptions = 0
         self.drafted = self.accepted = self.passes = 0
         self.forwards: dict[str, int] = {}
-        self.searches: list[SearchReport] = []
+        self._searches: dict[int, SearchReport] = {}
         self.stop_reasons: list[int | str | None] = [None] * job.choices
         self.unfinished = job.choices
 
@@ -38,6 +38,11 @@ class Progress:
     def done(self) -> bool:
         """Every engine request has ended."""
         return self._left == 0
+
+    @property
+    def searches(self) -> list[SearchReport]:
+        """Reports of the searches that have ended, in the order of their prompts."""
+        return [report for _, report in sorted(self._searches.items())]
 
     def take(self, events: Sequence[Event]) -> list[tuple[int, Delta | PromptLogprobs | SearchProgress]]:
         """Counts the events; returns deltas with their choice, and other ones with their prompt's position."""
@@ -57,13 +62,13 @@ class Progress:
             elif isinstance(event, Failed):
                 raise from_failed(event)
             elif isinstance(event, Done):
-                self._end(event)
+                self._end(position, event)
         return shown
 
-    def _end(self, event: Done) -> None:
+    def _end(self, position: int, event: Done) -> None:
         self._left -= 1
         if event.usage.search is not None:  # every hypothesis counts, not only those that are shown
-            self.searches.append(event.usage.search)
+            self._searches[position] = event.usage.search
             self.completion_tokens += event.usage.completion_tokens
         self.cached_tokens += event.usage.cached_tokens
         self.preemptions += event.usage.preemptions

@@ -7,13 +7,10 @@ dataclasses become pydantic models, which check requests and describe themselves
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
-
-from pydantic import ValidationError
 
 from decoding.core import BadRequest, ModelLoadError, Program, Sampling, Speculation, Term, UnknownModel
 from decoding.draft import settle_speculation
@@ -23,9 +20,9 @@ from decoding.search import SEARCHES
 from decoding.search.settle import settle_search
 from decoding.strategies import POLICY, Strategy, discover
 from server.config import Preset
-from server.errors import ApiError, from_validation, nearest
+from server.errors import ApiError, nearest
 from server.schemas import params_model
-from server.searching import Searches, check_scorers
+from server.searching import Searches, check_scorers, checked, models_of
 
 SPECULATION = Strategy("speculation", "Drafts ahead of any policy.", Speculation, lambda _params, _model: _no_program())
 
@@ -36,11 +33,12 @@ def _no_program() -> NoReturn:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a request runs: the id it named, the model behind it, and the program."""
+    """What a request runs: the id it named, the model behind it, the program, and where a search's parameters stand."""
 
     name: str
     model: str
     program: Program
+    search_param: str = "decoding.search"
 
 
 class Served:
@@ -61,6 +59,8 @@ class Served:
         self.names = tuple(dict.fromkeys([default, *names]))
         self.created = int(time.time())
         self._strategies = discover()
+        for name in set(self._strategies) & set(SEARCHES):
+            raise ModelLoadError(f"The strategy '{name}' takes the name of a search.")
         known = self._strategies | {POLICY.name: POLICY, SPECULATION.name: SPECULATION}
         self._params = {name: params_model(name, strategy.params) for name, strategy in known.items()}
         self._searches = Searches()
@@ -77,7 +77,9 @@ class Served:
         users = []
         for name in self.presets:
             program = self.resolve(name, None).program
-            if model in program.models or (program.speculation and program.speculation.draft == model):
+            drafts = program.speculation is not None and program.speculation.draft == model
+            searches = program.search is not None and model in models_of(program.search)
+            if model in program.models or drafts or searches:
                 users.append(f"part of the preset '{name}'")
         return users + ["the default"] * (self.names[0] == model)
 
@@ -111,9 +113,9 @@ class Served:
         """Raises ModelLoadError, naming the preset, if one could not be served."""
         for name in self.presets:
             try:
-                program = self.resolve(name, None).program
-                settle_speculation(program, [(0,)], Sampling(), self.catalog, predicted=True)
-                settle_search(program, Sampling(), 1, self.catalog)
+                resolved = self.resolve(name, None)
+                settle_speculation(resolved.program, [(0,)], Sampling(), self.catalog, predicted=True)
+                settle_search(resolved.program, Sampling(), 1, self.catalog, resolved.search_param)
             except (ApiError, BadRequest) as error:
                 raise ModelLoadError(f"The preset '{name}' cannot be served: {error.message}") from error
 
@@ -131,7 +133,8 @@ class Served:
         asked = dict(decoding or {})
         if preset and asked.get("strategy") is None and asked.get("policy") is None:
             asked = preset.decoding | {key: value for key, value in asked.items() if key != "strategy"}
-        return Resolved(name, model, self._program(asked, model))
+        own = asked.get("strategy") in self._searches
+        return Resolved(name, model, self._program(asked, model), "decoding" if own else "decoding.search")
 
     def _program(self, decoding: dict[str, Any], model: str) -> Program:
         params = dict(decoding)
@@ -178,7 +181,8 @@ class Served:
             return self._build(POLICY, policy, model, "decoding.policy")
         if name is None:
             if params:
-                raise ApiError(400, f"decoding needs a strategy: {', '.join(self._strategies)}.", "decoding.strategy")
+                known = ", ".join([*self._strategies, *SEARCHES])
+                raise ApiError(400, f"decoding needs a strategy: {known}.", "decoding.strategy")
             name = "plain"
         if not isinstance(name, str) or name not in self._strategies:
             hint = nearest(str(name), [*self._strategies, *SEARCHES])
@@ -189,13 +193,8 @@ class Served:
     def _checked(self, strategy: Strategy, params: dict[str, Any], path: str) -> dict[str, Any]:
         """The parameters as the strategy's dataclass takes them. Raises ApiError naming the one that is wrong."""
         schema = self._params[strategy.name]
-        try:
-            # By way of JSON: strictness there takes arrays for tuples, and null for an absent field is dropped.
-            given = json.dumps({key: value for key, value in params.items() if value is not None})
-            checked = schema.model_validate_json(given)
-        except ValidationError as error:
-            raise from_validation(error, schema.model_fields, path) from error
-        return {key: getattr(checked, key) for key in schema.model_fields}
+        given = {key: value for key, value in params.items() if value is not None}
+        return checked(schema, given, path, schema.model_fields)
 
     def _build(self, strategy: Strategy, params: dict[str, Any], model: str, path: str) -> Program:
         values = self._checked(strategy, params, path)

@@ -135,6 +135,7 @@ class Config(Strict):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     max_body_size: Bytes = 8 * 2**20
     max_n: Positive = 64
+    max_candidates: Positive = 64
     max_scored_texts: Positive = 256
     max_logprobs: Annotated[int, Field(ge=0)] = 20
     max_prompt_logprobs: Positive = 2**20

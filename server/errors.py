@@ -10,7 +10,8 @@ import difflib
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,6 +22,7 @@ from starlette.exceptions import HTTPException
 
 from decoding.core import AdapterInUse, BadRequest, ModelLoadError, Overloaded, TrimtabError, UnknownModel
 from decoding.events import Failed
+from decoding.scorers.spec import ScorerParams
 
 logger = logging.getLogger("trimtab.server")
 
@@ -87,30 +89,44 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
-_BRANCH = re.compile(r"(int|float|str|bool|(literal|list|dict|tuple)\[.*)$")  # pydantic's names of a union's branches
+_OBJECT = ScorerParams.__name__  # the one dataclass that is a branch of a union
+_SCORER_FIELDS = [each.name for each in fields(ScorerParams)]
+# pydantic's names of a union's branches
+_BRANCH = re.compile(rf"(int|float|str|bool|{_OBJECT}|(literal|list|dict|tuple)\[.*)$")
+
+
+def _path(error: Mapping[str, Any]) -> list[str]:
+    return [str(part) for part in error["loc"] if not _BRANCH.match(str(part))]
+
+
+def _lowered(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
 
 
 def from_validation(error: ValidationError, known: Iterable[str] = (), prefix: str = "") -> ApiError:
     """The first thing that is wrong with a body, in one sentence; `known` are the field names of its top level."""
     found = error.errors(include_url=False, include_input=False)
     first = found[0]
-    path = [str(part) for part in first["loc"] if not _BRANCH.match(str(part))]
-    param = ".".join([prefix, *path] if prefix else path) or None
+    path = _path(first)
     message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if len(path) < len(first["loc"]):  # a field that takes one of several types fits none of them
-        message = " or ".join(dict.fromkeys(each["msg"] for each in found if each["loc"][:1] == first["loc"][:1]))
+        same = [each for each in found if each["loc"][:1] == first["loc"][:1]]
+        inside = [each for each in same if _OBJECT in each["loc"] and len(_path(each)) > len(path)]
+        message = " or ".join(dict.fromkeys(_lowered(each["msg"]) for each in same))
+        if inside:  # what is wrong with an object says more than that it is no text
+            first, path, message = inside[-1], _path(inside[-1]), inside[-1]["msg"]
+    param = ".".join([prefix, *path] if prefix else path) or None
     if first["type"] == "json_invalid":
         return ApiError(400, f"The body is not valid JSON in UTF-8: {message.removeprefix('Invalid JSON: ')}.")
-    if first["type"] == "extra_forbidden":
-        hint = nearest(path[-1], known) if len(path) == 1 else ""
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        inner = _SCORER_FIELDS if first["type"] == "unexpected_keyword_argument" and _OBJECT in first["loc"] else ()
+        hint = nearest(path[-1], inner or known) if inner or len(path) == 1 else ""
         return ApiError(400, f"Unrecognized request argument: '{param}'.{hint}", param, "unknown_parameter")
     if first["type"] == "missing":
         return ApiError(400, f"Missing required parameter: '{param}'.", param, "missing_required_parameter")
     if first["type"] in ("unsupported", "value_error"):
         return ApiError(400, message, param, "unsupported_parameter" if first["type"] == "unsupported" else None)
-    return ApiError(
-        400, f"Invalid value for '{param or 'body'}': {message[:1].lower()}{message[1:]}.", param, "invalid_value"
-    )
+    return ApiError(400, f"Invalid value for '{param or 'body'}': {_lowered(message)}.", param, "invalid_value")
 
 
 async def _on_api_error(request: Request, error: Exception) -> JSONResponse:

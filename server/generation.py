@@ -19,6 +19,7 @@ from server.catalog import Resolved, Served
 from server.config import Config
 from server.errors import ApiError
 from server.schema import ChatBody, CompletionBody, GenerationBody
+from server.searching import check_candidates
 
 DEFAULT_TEXT_TOKENS = 16
 
@@ -115,6 +116,7 @@ def _job(
     if program.search is not None:
         if echo:
             raise BadRequest("A search cannot echo the prompt. Leave out echo.", "echo")
+        check_candidates(program.search, config.max_candidates, resolved.search_param)
         sampled = body.temperature is not None
         program = replace(program, search=replace(program.search, sampled=sampled))
     text = served.catalog[resolved.program.policy.terms[0].role.model].text
@@ -122,7 +124,7 @@ def _job(
     requests = tuple(
         prepare(program, prompt, sampling, served.catalog, n=n, salt=f"{key}:{body.cache_salt or ''}",
                 request_id=f"{job_id}-{position}", prompt_param="messages" if chat else "prompt",
-                prediction=prediction)
+                search_param=resolved.search_param, prediction=prediction)
         for position, prompt in enumerate(prompts)
     )  # fmt: skip
     if not chat and max_tokens is None:

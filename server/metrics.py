@@ -83,7 +83,9 @@ class Metrics:
             "trimtab_refused", "Requests refused before they ran", ["status"], registry=self.registry
         )
         self.tokens = Counter("trimtab_tokens", "Tokens of requests", [*labels, "kind"], registry=self.registry)
-        self.searches = Counter("trimtab_searches", "Searches that ended", ["model", "search"], registry=self.registry)
+        self.searches = Counter(
+            "trimtab_searches", "Searches by how they ended", ["model", "search", "outcome"], registry=self.registry
+        )
         self.candidates = Counter(
             "trimtab_search_branches", "Hypotheses of searches", ["model", "search"], registry=self.registry
         )
@@ -105,6 +107,13 @@ class Metrics:
     def text(self) -> bytes:
         """The exposition format."""
         return generate_latest(self.registry)
+
+    def searched(self, model: str, report: SearchReport) -> None:
+        """Counts a search that has come to its end."""
+        self.searches.labels(model, report.kind, "exhausted" if report.exhausted else "ok").inc()
+        self.candidates.labels(model, report.kind).inc(report.branches)
+        for scorer, tokens in report.scored:
+            self.scored.labels(scorer).inc(tokens)
 
     def track(self, job: Job) -> Tracker:
         """Follows one job from now on."""
@@ -128,15 +137,21 @@ class Tracker:
         self._last, self._begun = now, True
 
     def end(self, outcome: str, completion_tokens: int, searches: Sequence[SearchReport] = ()) -> None:
-        """`outcome`: ok, error or abort. `searches`: of the job, those that came to their end."""
+        """`outcome`: ok, error or abort. `searches`: of the job, those that came to their end.
+
+        A search that came to its end is ok, or exhausted if a budget ended it; the others share the job's outcome.
+        """
         if self._ended:
             return
         self._ended = True
         self._metrics.requests.labels(*self._labels, outcome).inc()
         self._metrics.tokens.labels(*self._labels, "prompt").inc(self._job.prompt_tokens)
         self._metrics.tokens.labels(*self._labels, "completion").inc(completion_tokens)
+        plan = self._job.program.search
+        if plan is None:
+            return
         for report in searches:
-            self._metrics.searches.labels(self._job.name, report.kind).inc()
-            self._metrics.candidates.labels(self._job.name, report.kind).inc(report.branches)
-            for scorer, tokens in report.scored:
-                self._metrics.scored.labels(scorer).inc(tokens)
+            self._metrics.searched(self._job.name, report)
+        lost = len(self._job.requests) - len(searches)
+        if lost:
+            self._metrics.searches.labels(self._job.name, plan.kind, outcome).inc(lost)

@@ -7,22 +7,10 @@ Ranges that depend on a model or a setting are checked where those are known, in
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
-
-from decoding.scorers.spec import ScorerParams
 
 
 class Body(BaseModel):
@@ -249,23 +237,6 @@ class ScorePair(Body):
         return self
 
 
-Scorer = TypeAdapter(ScorerParams)
-
-
-def _check_scorer(value: Any) -> Any:
-    """A scorer in full, as searches take it; checked in JSON mode, where arrays are tuples."""
-    if value is None:
-        return None
-    if not isinstance(value, dict):
-        raise _invalid("scorer must be an object")
-    try:
-        return Scorer.validate_json(json.dumps(value))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise _invalid(f"scorer.{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-
-
-ScorerField = Annotated[Any, BeforeValidator(_check_scorer), WithJsonSchema({"type": "object"})]
 OneOrMore = Annotated[Any, BeforeValidator(_check_stop), WithJsonSchema(_STOP)]
 
 
@@ -276,7 +247,7 @@ class ScoreBody(Body):
     input: Annotated[list[ScorePair], Field(min_length=1)] | None = None
     text_1: OneOrMore = None
     text_2: OneOrMore = None
-    scorer: ScorerField = None
+    scorer: dict[str, Any] | None = None
     aggregate: Literal["last", "min", "prod", "mean"] | None = None
     separator: Annotated[str, Field(min_length=1)] | None = None
     cache_salt: str | None = None

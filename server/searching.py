@@ -6,20 +6,24 @@ Kinds are read from `decoding.search.SEARCHES`; nothing here knows one by name.
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from decoding.core import BadRequest, Sampling, SearchPlan
 from decoding.prepare import Catalog
 from decoding.scorers.build import check_scorer
-from decoding.scorers.spec import ScorerParams
+from decoding.scorers.spec import ScorerParams, ScorerSpec
 from decoding.search import SEARCHES, known_searches
+from decoding.search.settle import named_by
 from decoding.search.spec import SearchKind
 from server.errors import ApiError, from_validation, nearest
 from server.schemas import params_model
+
+_SCORER = TypeAdapter(ScorerParams)
+_SCORER_FIELDS = [each.name for each in fields(ScorerParams)]
 
 
 def _says(description: str) -> dict[str, str]:
@@ -47,7 +51,7 @@ class Searches:
         self._models = {name: params_model(name, kind.params) for name, kind in SEARCHES.items()}
 
     def __contains__(self, name: object) -> bool:
-        return name in SEARCHES
+        return isinstance(name, str) and name in SEARCHES
 
     def nested(self, asked: Any) -> SearchPlan | None:
         """The plan of `decoding.search`; null and false are none. Raises ApiError."""
@@ -68,8 +72,9 @@ class Searches:
         """The plan of a search and the parameters beside its name; `path` is where they stand. Raises ApiError."""
         bounds = {each.name for each in fields(Bounds)}
         given = {key: value for key, value in params.items() if value is not None}
-        own = _checked(self._models[kind], {k: v for k, v in given.items() if k not in bounds}, path)
-        shared = _checked(self._bounds, {k: v for k, v in given.items() if k in bounds}, path)
+        known = [*self._models[kind].model_fields, *bounds]
+        own = checked(self._models[kind], {k: v for k, v in given.items() if k not in bounds}, path, known)
+        shared = checked(self._bounds, {k: v for k, v in given.items() if k in bounds}, path, known)
         made, row = SEARCHES[kind].params(**own), SEARCHES[kind]
         try:
             row.check(made, Sampling() if row.temperature is None else Sampling(temperature=row.temperature))
@@ -99,22 +104,53 @@ class Searches:
 
 def check_scorers(plan: SearchPlan, catalog: Catalog, remotes: Container[str], path: str) -> None:
     """Whether the scorers that a search names are served. Raises BadRequest naming the parameter."""
-    kind: SearchKind = known_searches()[plan.kind]
     kinds = {id: "adapter" if entry.info.of else entry.info.kind for id, entry in catalog.items()}
-    for scorer in kind.scorers(plan.params):
+    for scorer in known_searches()[plan.kind].scorers(plan.params):
         if scorer is not None:
-            check_scorer(scorer, kinds, remotes, f"{path}.{_named_by(scorer, plan.params)}")
+            check_scorer(scorer, kinds, remotes, named_by(scorer, plan.params, path))
 
 
-def _named_by(scorer: str | ScorerParams, params: Any) -> str:
-    """The parameter whose value it is."""
-    return next((each.name for each in fields(params) if getattr(params, each.name) == scorer), "scorer")
+def check_candidates(plan: SearchPlan, most: int, path: str) -> None:
+    """Raises BadRequest if the search would have more than `most` hypotheses side by side."""
+    kind: SearchKind = known_searches()[plan.kind]
+    independent, n = kind.independent(plan.params), getattr(plan.params, "n", 1)
+    asked = max(independent, n)
+    if asked > most:
+        param = named_by(asked, plan.params, path)
+        raise BadRequest(f"{param}: at most {most} candidates are allowed, not {asked}.", param)
 
 
-def _checked(schema: type[BaseModel], params: Mapping[str, Any], path: str) -> dict[str, Any]:
+def models_of(plan: SearchPlan) -> set[str]:
+    """Every served model that the search's parameters name, as a writer or in a scorer."""
+    kind = known_searches()[plan.kind]
+    found = {model for model in kind.models(plan.params) if model is not None}
+    for scorer in kind.scorers(plan.params):
+        found |= {leaf.model for leaf in leaves(scorer) if leaf.model is not None}
+    return found
+
+
+def leaves(scorer: ScorerSpec | None) -> list[ScorerParams]:
+    """The scorers that a sum is of; of another one itself. A name is taken for a model's."""
+    if scorer is None:
+        return []
+    if not isinstance(scorer, ScorerParams):
+        return [ScorerParams(model=scorer)]
+    return [leaf for part in scorer.parts for leaf in leaves(part)] if scorer.parts else [scorer]
+
+
+def checked(schema: type[BaseModel], params: Mapping[str, Any], path: str, known: Iterable[str]) -> dict[str, Any]:
+    """The parameters as a dataclass takes them; `known` are the names to guess from. Raises ApiError."""
     try:
         # By way of JSON: strictness there takes arrays for tuples.
-        checked = schema.model_validate_json(json.dumps(params))
+        made = schema.model_validate_json(json.dumps(params))
     except ValidationError as error:
-        raise from_validation(error, schema.model_fields, path) from error
-    return {key: getattr(checked, key) for key in schema.model_fields}
+        raise from_validation(error, known, path) from error
+    return {key: getattr(made, key) for key in schema.model_fields}
+
+
+def scorer_in_full(asked: Mapping[str, Any], path: str) -> ScorerParams:
+    """A scorer as an object of a request. Raises ApiError naming the field that is wrong."""
+    try:
+        return _SCORER.validate_json(json.dumps(asked))
+    except ValidationError as error:
+        raise from_validation(error, _SCORER_FIELDS, path) from error

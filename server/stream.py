@@ -52,17 +52,18 @@ class Chunks:
             if isinstance(event, PromptLogprobs):
                 frames.extend(self._echoes(index, event))
             elif isinstance(event, SearchProgress):
-                frames.append(self._told(event))
+                frames.append(self._told(index, event))
             else:
                 frames.append(self._chunk(index, event))
         return "".join(frames)
 
-    def _told(self, event: SearchProgress) -> str:
-        """How far a search is, in a chunk without choices, which clients of OpenAI's skip."""
-        numbers = {name: value for name, value in event.numbers if math.isfinite(value)}
-        told = json.dumps({"progress": {"message": event.message} | numbers})
-        usage = ', "usage": null' if self.job.include_usage or self.job.continuous_usage else ""
-        return f'{self._head}"choices": [], "decoding": {told}{usage}}}\n\n'
+    def _told(self, position: int, event: SearchProgress) -> str:
+        """How far the search of a prompt is, in a chunk without choices, which clients of OpenAI's skip."""
+        told: dict[str, Any] = {name: value for name, value in event.numbers if math.isfinite(value)}
+        told |= {"message": event.message}
+        if len(self.job.requests) > 1:
+            told["prompt"] = position
+        return f'{self._head}"choices": [], "decoding": {json.dumps({"progress": told})}{self._usage()}}}\n\n'
 
     def end(self) -> str:
         """The frames after the last event: the report in the last chunk, usage, and the end of the stream."""
@@ -110,13 +111,13 @@ class Chunks:
         return f'{self._head}"choices": [{{"index": {index}, {payload}{ending}'
 
     def _ending(self, finish_reason: str | None, extra: str, logprobs: dict[str, Any] | None = None) -> str:
-        usage = ""
-        if self.job.continuous_usage:
-            usage = f', "usage": {json.dumps(self.progress.usage())}'
-        elif self.job.include_usage:
-            usage = ', "usage": null'
         reason = json.dumps(finish_reason)
-        return f', "logprobs": {json.dumps(logprobs)}, "finish_reason": {reason}{extra}}}]{usage}}}\n\n'
+        return f', "logprobs": {json.dumps(logprobs)}, "finish_reason": {reason}{extra}}}]{self._usage()}}}\n\n'
+
+    def _usage(self) -> str:
+        if self.job.continuous_usage:
+            return f', "usage": {json.dumps(self.progress.usage())}'
+        return ', "usage": null' if self.job.include_usage else ""
 
     def _opening(self, index: int) -> str:
         """What a choice begins with: the role, or the echoed prompt where no log-probs have brought it."""

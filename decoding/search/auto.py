@@ -17,6 +17,7 @@ from decoding.scorers.spec import STRICT, ScorerSpec
 from decoding.search import beam, best_of_n, revise
 from decoding.search.common import MAX_CANDIDATES, drop, greedy, whole
 from decoding.search.spec import SearchKind
+from decoding.search.typed import typed
 from decoding.search.verbs import Branch, Fork, Run, Score, Search, Steps, Until
 from decoding.strategies.spec import finite
 
@@ -135,9 +136,9 @@ def build(row: AutoRow, params: Auto) -> tuple[SearchKind, Any]:
     if params.scorer is not None and any(each.name == "scorer" for each in fields(kind.params)):
         given.setdefault("scorer", params.scorer)
     try:
-        return kind, kind.params(**given)
+        return kind, typed(kind.params, given)
     except TypeError as error:
-        raise BadRequest(f"'table': '{row.kind}' lacks a parameter: {error}.", "table") from error
+        raise BadRequest(f"'table': '{row.kind}' {error}.", "table") from error
 
 
 def _kind(row: AutoRow) -> SearchKind:
@@ -175,8 +176,6 @@ def check(params: Auto, sampling: Sampling) -> None:
         except BadRequest as error:
             param = "n" if error.param == "n" else "table"
             raise BadRequest(f"The table's '{kind.name}' cannot be served: {error.message}", param) from error
-        except TypeError as error:
-            raise BadRequest(f"'table': a parameter of '{kind.name}' has a wrong type: {error}.", "table") from error
 
 
 KIND = SearchKind(

@@ -6,7 +6,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
-from decoding.core import Sampling
+from decoding.core import BadRequest, Sampling
 from decoding.scorers.rules import aggregate
 from decoding.scorers.spec import Aggregate, Hypothesis, ScorerParams, ScorerSpec
 from decoding.search.spec import SearchKind
@@ -26,7 +26,7 @@ class ScoreTexts:
 
 def run(search: Search, params: ScoreTexts) -> Steps:
     """One candidate per text, in their order."""
-    if _weighs(params.scorer):
+    if weighs(params.scorer):
         found: list[list[float]] = yield from _under_the_policy(params)
     else:
         found = yield [Judge(Hypothesis(prompt, steps, True), params.scorer) for prompt, steps in params.texts]
@@ -39,21 +39,28 @@ def run(search: Search, params: ScoreTexts) -> Steps:
 
 
 def _under_the_policy(params: ScoreTexts) -> Generator[Any, Any, list[list[float]]]:
-    """Scores that need the texts' log-probabilities: each is fed to the model."""
+    """Scores that need the texts' log-probabilities: each is fed to the model. Raises BadRequest for one too long."""
     branches = yield [Open(prompt, params.writer, Sampling(ignore_eos=True)) for prompt, _ in params.texts]
     for place in range(max(len(steps) for _, steps in params.texts)):
         fed = [(b, steps[place]) for b, (_, steps) in zip(branches, params.texts, strict=True) if place < len(steps)]
         yield [Feed(branch, step, step=True, logprobs=True) for branch, step in fed]
+    for branch, (_, steps) in zip(branches, params.texts, strict=True):
+        if branch.finished == "length" and branch.text != "".join(steps):
+            raise BadRequest(
+                f"A text is too long: with its prompt it does not fit into the context of '{branch.model}'.",
+                "max_tokens",
+                "context_length_exceeded",
+            )
     found: list[list[float]] = yield [Score(branch, params.scorer) for branch in branches]
     yield [Drop(branch) for branch in branches]
     return found
 
 
-def _weighs(scorer: ScorerSpec) -> bool:
+def weighs(scorer: ScorerSpec) -> bool:
     """Whether it, or a part of it, reads the policy's log-probability."""
     if not isinstance(scorer, ScorerParams):
         return False
-    return scorer.rule in ("likelihood", "mean_likelihood") or any(_weighs(part) for part in scorer.parts)
+    return scorer.rule in ("likelihood", "mean_likelihood") or any(weighs(part) for part in scorer.parts)
 
 
 KIND = SearchKind("score", "Scores of given texts.", ScoreTexts, run, scorers=lambda params: (params.scorer,))

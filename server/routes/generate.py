@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 
 from decoding.core import TrimtabError
 from decoding.events import Event
+from decoding.events import Progress as Progressed
 from server.answers import Answer, Progress
 from server.bridge import Channel
 from server.errors import ApiError, from_trimtab
@@ -113,7 +114,8 @@ class Run:
 
     async def _events(self) -> list[Event]:
         events = await self.channel.events()
-        self.tracker.progressed()
+        if not all(isinstance(event, Progressed) for event in events):  # no token has come with it
+            self.tracker.progressed()
         return events
 
     def _end(self) -> None:

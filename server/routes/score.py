@@ -2,31 +2,54 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
-from decoding.core import SCORERS, BadRequest, Policy, Program, Role, Sampling, SearchPlan, Term, UnknownModel
+from decoding.core import (
+    SCORERS,
+    BadRequest,
+    Policy,
+    Program,
+    Role,
+    Sampling,
+    SearchPlan,
+    Term,
+    TrimtabError,
+    UnknownModel,
+)
 from decoding.core import Request as EngineRequest
 from decoding.events import Done, Failed, SearchReport
-from decoding.scorers.spec import ScorerParams
+from decoding.prepare import Catalog
+from decoding.scorers.spec import ScorerParams, ScorerSpec
 from decoding.search import score_texts
 from decoding.text import Chat, Prompt
 from server.answers import number
-from server.errors import from_failed
+from server.errors import ApiError, from_failed, from_trimtab
 from server.routes.body import GONE, documented, parse
 from server.routes.generate import unless_gone
 from server.schema import ScoreBody
-from server.searching import check_scorers
+from server.searching import check_scorers, leaves, scorer_in_full
 from server.state import Services, Shared
 
 router = APIRouter()
 SEPARATOR = "\n\n"
 Text = tuple[Prompt, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreJob:
+    """One HTTP request, ready to run. name: the scorer's. texts_param: the field that the texts came in."""
+
+    name: str
+    request: EngineRequest
+    texts_param: str
 
 
 @router.post("/v1/score", **documented(ScoreBody, "Scores texts."))
@@ -35,28 +58,42 @@ async def score(request: Request, services: Shared) -> Any:
     """One score per pair, in order; of step scorers also every step's."""
     try:
         raw = await request.body()
+        body = parse(raw, ScoreBody)
+        # In a thread: long texts are tokenized, which would hold up every stream.
+        job = await asyncio.to_thread(_job, body, services, getattr(request.state, "key", ""))
+        channel = services.bridge.submit([job.request])
     except ClientDisconnect:
         return GONE
-    body = parse(raw, ScoreBody)
-    asked = _engine_request(body, services, getattr(request.state, "key", ""))
-    channel = services.bridge.submit([asked])
+    except (ApiError, TrimtabError) as error:
+        refusal = error if isinstance(error, ApiError) else from_trimtab(error)
+        services.metrics.refused.labels(str(refusal.status)).inc()
+        raise refusal from error
+    outcome = "abort"
 
     async def gather() -> SearchReport:
         while True:
             for event in await channel.events():
                 if isinstance(event, Failed):
-                    raise from_failed(event)
+                    raise _about_texts(from_failed(event), job.texts_param)
                 if isinstance(event, Done) and event.usage.search is not None:
                     return event.usage.search
 
     try:
         report = await unless_gone(request, gather())
+        if report is None:
+            return GONE
+        outcome = "ok"
+        services.metrics.searched(job.name, report)
+        return JSONResponse(_answer(job, report))
+    except ApiError:
+        outcome = "error"
+        raise
     finally:
+        services.metrics.requests.labels(job.name, score_texts.KIND.name, outcome).inc()
         channel.close()
-    return GONE if report is None else JSONResponse(_answer(asked, body.model or services.served.names[0], report))
 
 
-def _engine_request(body: ScoreBody, services: Services, key: str) -> EngineRequest:
+def _job(body: ScoreBody, services: Services, key: str) -> ScoreJob:
     """The request whose search scores the texts. Nothing is computed but what scorers read."""
     served = services.served
     name = body.model or next((id for id, each in served.catalog.items() if each.info.kind in SCORERS), None)
@@ -67,33 +104,40 @@ def _engine_request(body: ScoreBody, services: Services, key: str) -> EngineRequ
         raise UnknownModel(name, (*served.names, *served.remotes))
     writers = [id for id, each in served.catalog.items() if each.info.kind not in SCORERS]
     writer = model if model in writers else next(iter(writers), next(iter(served.catalog)))
-    scorer: Any = body.scorer or model
-    if isinstance(scorer, ScorerParams) and _needs_model(scorer):
-        scorer = replace(scorer, model=model)
+    scorer: ScorerSpec = model
+    if body.scorer is not None:
+        asked = scorer_in_full(body.scorer, "scorer")
+        scorer = replace(asked, model=model) if _needs_model(asked) else asked
+    param = "input" if body.input is not None else "text_2"
     texts = _texts(body)
-    if len(texts) > services.config.max_scored_texts:
-        limit = services.config.max_scored_texts
-        raise BadRequest(f"At most {limit} texts are scored at a time, not {len(texts)}.", "input")
-    plan = SearchPlan(
-        score_texts.KIND.name,
-        score_texts.ScoreTexts(texts, scorer, body.aggregate or "last", writer),
-        candidates=True,
-    )
+    limit = services.config.max_scored_texts
+    if len(texts) > limit:
+        raise BadRequest(f"At most {limit} texts are scored at a time, not {len(texts)}.", param)
+    params = score_texts.ScoreTexts(texts, scorer, body.aggregate or "last", writer)
+    plan = SearchPlan(score_texts.KIND.name, params, candidates=True)
     try:
         check_scorers(plan, served.catalog, served.remotes, "")
     except BadRequest as error:
-        param = (error.param or "").strip(".")
-        raise BadRequest(error.message, param if body.scorer else "model", error.code) from error
-    program = Program("score", Policy((Term("base", Role(writer)),)), search=plan)
+        raise BadRequest(error.message, error.param if body.scorer is not None else "model", error.code) from error
+    _check_lengths(texts, _readers(scorer, writer), served.catalog, param)
+    program = Program(score_texts.KIND.name, Policy((Term("base", Role(writer)),)), search=plan)
     salt = f"{key}:{body.cache_salt or ''}"
     id = f"score-{uuid.uuid4().hex}"
-    return EngineRequest(id, program, ((0,),), Sampling(max_tokens=1), writer, 1, salt=salt, prompt="")
+    made = EngineRequest(id, program, ((0,),), Sampling(max_tokens=1), writer, 1, salt=salt, prompt="")
+    return ScoreJob(name, made, param)
 
 
 def _needs_model(scorer: ScorerParams) -> bool:
     """Whether it says how a model is asked, but not which."""
     rules = (scorer.model, scorer.remote, scorer.rule, scorer.regex, scorer.min_words, scorer.max_words)
     return all(each is None for each in rules) and not (scorer.keywords or scorer.json or scorer.parts)
+
+
+def _readers(scorer: ScorerSpec, writer: str) -> set[str]:
+    """The models that will read the texts."""
+    found = {leaf.model for leaf in leaves(scorer) if leaf.model is not None}
+    asks = any(leaf.model is None and leaf.question is not None for leaf in leaves(scorer))
+    return found | {writer} if asks or score_texts.weighs(scorer) else found
 
 
 def _texts(body: ScoreBody) -> tuple[Text, ...]:
@@ -118,12 +162,38 @@ def _steps(text: str, separator: str) -> tuple[str, ...]:
     return tuple(step for step in steps if step)
 
 
-def _answer(request: EngineRequest, model: str, report: SearchReport) -> dict[str, Any]:
-    scored = sum(tokens for _, tokens in report.scored) + report.generated
+def _check_lengths(texts: Iterable[Text], models: Iterable[str], catalog: Catalog, param: str) -> None:
+    """Raises BadRequest for a text that alone is too long for a model: the engine need not tokenize it to say so."""
+    for model in models:
+        if model not in catalog:
+            continue
+        text, limit = catalog[model].text, catalog[model].info.max_model_len
+        for prompt, steps in texts:
+            answer = "".join(steps)
+            for part in (prompt, answer) if isinstance(prompt, str) else (answer,):
+                if len(part) > limit and len(ids := text.encode(part, bos=False)) > limit:
+                    raise BadRequest(
+                        f"A text of {len(ids)} tokens was to be scored; '{model}' takes {limit}.",
+                        param,
+                        "context_length_exceeded",
+                    )
+
+
+def _about_texts(error: ApiError, param: str) -> ApiError:
+    """The error with the field that this endpoint's texts come in, where it is about a text."""
+    if error.param in ("prompt", "messages"):
+        error.param = "text_1" if param == "text_2" else param
+    elif error.param == "max_tokens":
+        error.param = param
+    return error
+
+
+def _answer(job: ScoreJob, report: SearchReport) -> dict[str, Any]:
+    computed = sum(tokens for _, tokens in report.scored) + report.generated
     return {
-        "id": request.id,
+        "id": job.request.id,
         "object": "list",
-        "model": model,
+        "model": job.name,
         "data": [
             {
                 "index": i,
@@ -133,5 +203,5 @@ def _answer(request: EngineRequest, model: str, report: SearchReport) -> dict[st
             }
             for i, each in enumerate(report.candidates)
         ],
-        "usage": {"prompt_tokens": scored, "completion_tokens": 0, "total_tokens": scored},
+        "usage": {"prompt_tokens": computed, "completion_tokens": 0, "total_tokens": computed},
     }

@@ -3,6 +3,9 @@
 Each tick gives every running choice one token of `ANSWER`, and EOS after it. Words in the prompt change what happens:
 `[forever]` never ends, `[fail]` fails after three tokens, `[raise]` makes one tick raise, `[refuse]` and `[broken]`
 fail when submitted, `[exit]` ends the process, `[wait]` gives nothing at all, `[slow]` takes 10 ms a tick.
+
+A search takes two ticks: one with two pieces of progress if they are wanted, one with the whole answers and the report
+`searched`; `[fail]` fails it in between, `[late]` gives it one tick more.
 """
 
 from __future__ import annotations
@@ -14,14 +17,17 @@ from dataclasses import dataclass, field
 from decoding.core import AdapterInUse, BadRequest, FinishReason, ModelLoadError, ModelSpec, Request
 from decoding.detokenizer import Detokenizer
 from decoding.events import (
+    CandidateReport,
     Delta,
     Done,
     Event,
     Failed,
     ModelInfo,
     ModelStats,
+    Progress,
     PromptLogprobs,
     RoleTrace,
+    SearchReport,
     Stats,
     TokenLogprob,
     TokenTrace,
@@ -125,6 +131,8 @@ class FakeEngine:
                 time.sleep(0.01)
             if "[wait]" in group.prompt:
                 time.sleep(0.001)
+            elif group.request.program.search is not None:
+                events += self._search(group)
             else:
                 events += self._advance(group)
         return events
@@ -146,6 +154,28 @@ class FakeEngine:
             forwards = tuple((model, group.completion_tokens) for model in request.program.models)
             events.append(Done(request.id, Usage(len(request.prompts[0]), group.completion_tokens, 2, 0, forwards)))
         return events
+
+    def _search(self, group: _Group) -> list[Event]:
+        request, plan = group.request, group.request.program.search
+        assert plan is not None
+        if not group.begun:
+            group.begun = True
+            told = (("step", 1.0), ("score", float("inf")))
+            messages = [("two samples", (("samples", 2.0),)), ("step 1", told)] if plan.progress else []
+            return [Progress(request.id, message, numbers) for message, numbers in messages]
+        late = "[late]" in group.prompt
+        if late and not group.completion_tokens:
+            group.completion_tokens = 1
+            return []
+        del self.groups[request.id]
+        if "[fail]" in group.prompt:
+            return [Failed(request.id, "BadRequest", "The search cannot go on.", "decoding.search.scorer")]
+        ids = tuple(self.answer[:-1])
+        events: list[Event] = [
+            Delta(request.id, index, ids, ANSWER, finish_reason="stop") for index in range(request.n)
+        ]
+        usage = Usage(len(request.prompts[0]), 40, 2, 0, (("base", 9), ("expert", 3)), search=searched(request, late))
+        return [*events, Done(request.id, usage)]
 
     def _token(self, group: _Group, index: int, choice: _Choice) -> Delta:
         request, sampling = group.request, group.request.sampling
@@ -173,6 +203,23 @@ class FakeEngine:
             roles = tuple(RoleTrace(t.name, -float("inf"), t.weight) for t in request.program.policy.terms)
             trace = (TokenTrace(token, -0.75, 1, roles),)
         return Delta(request.id, index, (token,), text, logprobs, reason, stop, trace)
+
+
+def searched(request: Request, late: bool = False) -> SearchReport:
+    """What the fake's searches report: two candidates, or one per text that is to be scored."""
+    plan = request.program.search
+    assert plan is not None
+    shown = (
+        CandidateReport(ANSWER, 10, "stop", 0.5, (0.25, 0.5), "42"),
+        CandidateReport(" Hel", 3, "length", None, (float("nan"),), None, "cut by max_tokens"),
+    )
+    if hasattr(plan.params, "texts"):
+        shown = (CandidateReport("", 0, None, 0.5, (0.5,)),) * len(plan.params.texts)
+    details = (("votes", {"42": 1.5, "none": float("-inf")}), ("rows", (1, [None, True])), ("kind", {1}))
+    reason = f"It ended {'late' if late else 'early'}."
+    exhausted = "max_total_tokens" if plan.max_total_tokens else None
+    shown = shown if plan.candidates else ()
+    return SearchReport(plan.kind, reason, exhausted, 3, 40, (("expert", 12),), shown, details)
 
 
 def _logprob(token: int, k: int) -> TokenLogprob:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import httpx
@@ -12,7 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.schema import ChatBody, CompletionBody
+from decoding.search import SEARCHES
+from server.schema import ChatBody, CompletionBody, ScoreBody
+from server.searching import Bounds
 from tests.server.conftest import open_client
 
 scalars = (
@@ -27,7 +30,35 @@ strategy_fields = st.sampled_from(
     ["strategy", "expert", "anti", "alpha", "negative_prompt", "guidance", "search", "trace"]
 )
 strategies = st.sampled_from(["plain", "cfg", "proxy_tuning", "base", "expert"])
-decoding = st.dictionaries(strategy_fields, strategies | values, max_size=4)
+scorers = st.fixed_dictionaries(
+    {},
+    optional={
+        "model": st.sampled_from(["base", "x"]) | values,
+        "rule": st.sampled_from(["length", "likelihood"]) | values,
+        "regex": st.text(max_size=5) | values,
+        "parts": st.lists(st.just({"rule": "length"}) | values, max_size=2),
+        "weight": st.integers(-2, 2) | values,
+    },
+)
+rows = st.fixed_dictionaries(
+    {"kind": st.sampled_from(list(SEARCHES))},
+    optional={"params": st.dictionaries(st.sampled_from(["n", "scorer", "separator"]), scorers | values, max_size=2)},
+)
+search_params = st.dictionaries(
+    st.sampled_from([each.name for kind in SEARCHES.values() for each in fields(kind.params)]),
+    st.sampled_from(["base", "max", "[a-", "{prompt}"]) | st.integers(-1, 65) | scorers | st.lists(rows) | values,
+    max_size=3,
+)
+bounds = st.dictionaries(st.sampled_from(list(Bounds.__dataclass_fields__)), st.booleans() | values, max_size=2)
+searches = st.builds(
+    lambda kind, params, bound: {"kind": kind} | params | bound,
+    st.sampled_from(list(SEARCHES)) | values,
+    search_params | st.builds(lambda params: params | {"scorer": "base"}, search_params),
+    bounds,
+)
+decoding = st.dictionaries(strategy_fields, strategies | values, max_size=4) | st.builds(
+    lambda search: {"search": search}, searches
+)
 messages = st.lists(
     st.fixed_dictionaries(
         {
@@ -49,6 +80,13 @@ likely = {
     "max_tokens": st.integers(-1, 200),
     "logprobs": st.integers(0, 3) | st.booleans(),
     "stream": st.booleans(),
+    "input": st.lists(
+        st.fixed_dictionaries({"response": st.text(max_size=5) | values, "prompt": st.text(max_size=5) | values}),
+        max_size=3,
+    ),
+    "text_1": st.text(max_size=5) | st.lists(st.text(max_size=5), max_size=2),
+    "text_2": st.text(max_size=5) | st.lists(st.text(max_size=5), max_size=2),
+    "scorer": scorers,
 }
 
 
@@ -75,7 +113,12 @@ def post() -> Iterator[Any]:
 
 @pytest.mark.parametrize(
     ("path", "schema", "needed"),
-    [("/v1/chat/completions", ChatBody, "messages"), ("/v1/completions", CompletionBody, "prompt")],
+    [
+        ("/v1/chat/completions", ChatBody, "messages"),
+        ("/v1/completions", CompletionBody, "prompt"),
+        ("/v1/score", ScoreBody, "input"),
+        ("/v1/score", ScoreBody, "text_1"),
+    ],
 )
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
@@ -94,3 +137,12 @@ def test_no_body_makes_a_500(post: Any, path: str, schema: Any, needed: str, dat
 def test_no_body_breaks_the_tokenizer(post: Any, body: dict[str, Any]) -> None:
     for path in ("/tokenize", "/detokenize"):
         assert post(path, body).status_code in (200, 400, 404)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(search=searches, strategy=st.booleans())
+def test_no_search_makes_a_500(post: Any, search: dict[str, Any], strategy: bool) -> None:
+    kind, params = search["kind"], {name: value for name, value in search.items() if name != "kind"}
+    decoding = params | {"strategy": kind} if strategy else {"search": search}
+    response = post("/v1/completions", {"model": "base", "prompt": "x", "decoding": decoding})
+    assert response.status_code in (200, 400), response.text

@@ -1,82 +1,21 @@
-"""Searches and scores over HTTP, on the real engine over table models: answers, streams, reports, refusals."""
+"""Searches over HTTP, on the real engine over table models: answers, streams, reports, refusals."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx
 import openai
 import pytest
-import torch
 
-from decoding.admit import Hosted
-from decoding.core import EngineConfig, ModelSpec, Sampling
-from decoding.engine import Engine
+from decoding.core import Sampling
 from decoding.search import SEARCHES, searching
-from decoding.text import TextModel
-from server.bridge import Bridge, launch_thread
-from server.config import Config, ConfigError, load_config
-from server.start import build_app
-from tests.fakes import TableModel, byte_tokenizer, random_table
+from server.config import ConfigError, load_config
+from tests.server.tables import ask, client_of, make_engine
 from tests.server.test_errors import error_of
 
-CHAT, TEXT, SCORE = "/v1/chat/completions", "/v1/completions", "/v1/score"
-MODELS = {"base": "causal", "small": "causal", "prm": "prm"}
-
-
-def letters(seed: int, scale: float = 3.0) -> torch.Tensor:
-    """A table that writes small letters and sometimes ends."""
-    table = random_table(seed, width=257, scale=scale)
-    keep = torch.full((257,), -60.0)
-    keep[97:123], keep[256] = 0.0, -1.0
-    return table + keep
-
-
-def specs() -> dict[str, ModelSpec]:
-    extra: dict[str, Any] = {"prm": {"step_marker": "+", "score_tokens": ("y", "n")}}
-    return {id: ModelSpec(id, f"/{id}", kind=kind, **extra.get(id, {})) for id, kind in MODELS.items()}  # type: ignore[arg-type]
-
-
-def make_engine() -> Engine:
-    tables = {"base": letters(1), "small": letters(2), "prm": random_table(3, width=257)}
-    hosted = {
-        id: Hosted(
-            TableModel(id, tables[id], memory=5), TextModel(id, byte_tokenizer()), 40_000, None, kind, specs()[id]
-        )
-        for id, kind in MODELS.items()
-    }
-    return Engine(hosted, EngineConfig(block_size=4))
-
-
-@contextlib.asynccontextmanager
-async def client_of(**settings: Any) -> AsyncIterator[httpx.AsyncClient]:
-    entries = {id: {"path": f"/{id}", "kind": kind} for id, kind in MODELS.items()}
-    presets = {"base@best": {"model": "base", "decoding": {"search": {"kind": "best_of_n", "n": 3, "scorer": "prm"}}}}
-    config = Config.model_validate({"models": entries, "presets": presets, "log_level": "error"} | settings)
-    bridge = Bridge(make_engine, launch=launch_thread)
-    await bridge.start()
-    texts = {id: TextModel(id, byte_tokenizer()) for id in MODELS}
-    transport = httpx.ASGITransport(build_app(config, bridge, texts))
-    try:
-        async with httpx.AsyncClient(transport=transport, base_url="http://test/", timeout=60) as client:
-            yield client
-        assert bridge.sequences == 0
-    finally:
-        bridge.stop()
-
-
-def ask(path: str, body: dict[str, Any] | None = None, **settings: Any) -> httpx.Response:
-    async def run() -> httpx.Response:
-        async with client_of(**settings) as client:
-            return await (client.get(path) if body is None else client.post(path, json=body))
-
-    return asyncio.run(run())
-
-
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 PLAIN: dict[str, Any] = {"model": "base", "prompt": "once upon", "max_tokens": 12, "seed": 7}
 STEPS = {"kind": "step_speculative", "scorer": "prm"}
 BEST = {"kind": "best_of_n", "n": 4, "scorer": "prm", "candidates": True}
@@ -200,8 +139,8 @@ def test_several_prompts_have_a_report_each() -> None:
         ({"decoding": {"strategy": "best_of_n", "scorer": "rm"}}, "decoding.scorer", "prm"),
         ({"decoding": {"search": {"kind": "beam"}}}, "decoding.search.scorer", "Missing"),
         ({"decoding": {"search": BEST | {"max_total_tokens": 0}}}, "decoding.search.max_total_tokens", "above 0"),
-        ({"decoding": {"search": STEPS | {"draft": "x"}}}, "decoding.search", "small"),
-        ({"decoding": {"search": STEPS | {"draft": "prm"}}}, "decoding.search", "cannot write"),
+        ({"decoding": {"search": STEPS | {"draft": "x"}}}, "decoding.search.draft", "small"),
+        ({"decoding": {"search": STEPS | {"draft": "prm"}}}, "decoding.search.draft", "cannot write"),
         ({"decoding": {"search": BEST}, "temperature": 0}, "temperature", "4 independent samples"),
         ({"decoding": {"search": BEST}, "n": 5}, "n", "4 candidates"),
         ({"decoding": {"search": BEST}, "echo": True}, "echo", "echo"),
@@ -232,62 +171,9 @@ def test_metrics_count_searches() -> None:
             return (await client.get("/metrics")).text
 
     text = asyncio.run(run())
-    assert 'trimtab_searches_total{model="base",search="best_of_n"} 1.0' in text
+    assert 'trimtab_searches_total{model="base",outcome="ok",search="best_of_n"} 1.0' in text
     assert 'trimtab_search_branches_total{model="base",search="best_of_n"} 5.0' in text
     assert 'trimtab_scored_tokens_total{scorer="prm"}' in text
-
-
-# -- scores of given texts ------------------------------------------------------------------------------------------
-
-
-def prm_scores(prompt: str, steps: list[str]) -> list[float]:
-    """The PRM's own reading: P(y) over y and n at each marker."""
-    model, ids, found = TableModel("prm", random_table(3, width=257), memory=5), list(prompt.encode()), []
-    for step in steps:
-        ids += [*step.encode(), ord("+")]
-        pair = model.row(ids)[torch.tensor([ord("y"), ord("n")])]
-        found.append(float(torch.softmax(pair, 0)[0]))
-    return found
-
-
-def test_scores_of_steps() -> None:
-    pairs = [{"prompt": "Q", "response": "one\n\ntwo\n\n"}, {"prompt": "Q", "response": "three"}]
-    for extra, how in (({}, lambda v: v[-1]), ({"aggregate": "min"}, min)):  # type: ignore[var-annotated]
-        answer = ask(SCORE, {"model": "prm", "input": pairs} | extra).json()
-        want = [prm_scores("Q", ["one\n\n", "two\n\n"]), prm_scores("Q", ["three"])]
-        assert [each["scores"] for each in answer["data"]] == [pytest.approx(each, abs=1e-5) for each in want]
-        assert [each["score"] for each in answer["data"]] == [pytest.approx(how(each), abs=1e-5) for each in want]
-        assert (answer["object"], answer["model"]) == ("list", "prm")
-        assert answer["usage"]["total_tokens"] > 0
-
-
-def test_scores_by_likelihood_rules_and_vllms_fields() -> None:
-    base = TableModel("base", letters(1), memory=5)
-    want = sum(float(torch.log_softmax(base.row(list(b"Q: " + b"hello"[:i])), 0)[b"hello"[i]]) for i in range(5))
-    body = {"model": "base", "input": [{"prompt": "Q: ", "response": "hello"}], "scorer": {"rule": "likelihood"}}
-    assert ask(SCORE, body).json()["data"][0]["score"] == pytest.approx(want, abs=1e-4)
-    body = {"model": "base", "text_1": "Q", "text_2": ["a tide", "b"], "scorer": {"keywords": ["tide"]}}
-    assert [each["score"] for each in ask(SCORE, body).json()["data"]] == [1.0, 0.0]
-    assert ask("/score", body).status_code == 200
-
-
-@pytest.mark.parametrize(
-    ("body", "param", "status"),
-    [
-        ({"model": "prm"}, None, 400),
-        ({"model": "prm", "input": []}, "input", 400),
-        ({"model": "prm", "input": [{"response": "x"}]}, "input.0", 400),
-        ({"model": "prm", "text_1": ["a", "b"], "text_2": ["c"]}, "text_1", 400),
-        ({"model": "prm", "text_1": "a"}, None, 400),
-        ({"model": "nobody", "text_1": "a", "text_2": "b"}, "model", 404),
-        ({"model": "prm", "text_1": "a", "text_2": "b", "scorer": {"x": 1}}, "scorer", 400),
-        ({"model": "prm", "text_1": "a", "text_2": "b", "scorer": {"weights": [1.0]}}, "scorer.weights", 400),
-        ({"model": "prm", "text_1": "a", "text_2": ["b"] * 300}, "input", 400),
-        ({"model": "prm", "text_1": "a" * 600, "text_2": "b"}, "max_tokens", 400),
-    ],
-)
-def test_what_cannot_be_scored_is_refused(body: dict[str, Any], param: str | None, status: int) -> None:
-    assert error_of(ask(SCORE, body), status)["param"] == param
 
 
 def test_remote_scorers_are_configured_not_sent(tmp_path: Any) -> None:
