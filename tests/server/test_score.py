@@ -127,5 +127,6 @@ def test_nothing_but_the_scorer_is_run_for_scores() -> None:
 
     text = asyncio.run(run())
     assert 'trimtab_scored_tokens_total{scorer="prm"} 3.0' in text
-    assert 'trimtab_forwards_total{model="base"} 1.0' not in text
+    assert 'trimtab_forwards_total{model="base"} 0.0' in text
+    assert 'trimtab_forwards_total{model="prm"} 1.0' in text
     assert 'trimtab_requests_total{model="prm",outcome="ok",strategy="score"} 1.0' in text

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
 from decoding.core import Sampling
-from decoding.search import SEARCHES, searching
+from decoding.search import SEARCHES, searching, table
 from server.config import ConfigError, load_config
+from server.searching import Bounds
 from tests.server.tables import ask, client_of, make_engine
 from tests.server.test_errors import error_of
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+PAGE = (Path(__file__).parents[2] / "docs/search.md").read_text()
 PLAIN: dict[str, Any] = {"model": "base", "prompt": "once upon", "max_tokens": 12, "seed": 7}
 STEPS = {"kind": "step_speculative", "scorer": "prm"}
 BEST = {"kind": "best_of_n", "n": 4, "scorer": "prm", "candidates": True}
+
+
+AUTO: dict[str, Any] = {"kind": "auto", "n": 4}
+
+
+def row(params: dict[str, Any]) -> dict[str, Any]:
+    """A search that leads to one with these parameters."""
+    return AUTO | {"table": [{"kind": "best_of_n", "params": params}]}
 
 
 def test_the_winner_is_the_first_choice_and_everything_is_reported() -> None:
@@ -141,6 +153,10 @@ def test_several_prompts_have_a_report_each() -> None:
         ({"decoding": {"search": BEST | {"max_total_tokens": 0}}}, "decoding.search.max_total_tokens", "above 0"),
         ({"decoding": {"search": STEPS | {"draft": "x"}}}, "decoding.search.draft", "small"),
         ({"decoding": {"search": STEPS | {"draft": "prm"}}}, "decoding.search.draft", "cannot write"),
+        ({"decoding": {"search": AUTO | {"scorer": "rm"}}}, "decoding.search.scorer", "not loaded"),
+        ({"decoding": {"search": row({"scorer": {"x": 1}})}}, "decoding.search.table", "has no parameter 'x'"),
+        ({"decoding": {"search": row({"scorer": "prm", "separator": 5})}}, "decoding.search.table", "wrong type"),
+        ({"decoding": {"search": row({"scorer": {"model": "rm"}})}}, "decoding.search", "not loaded"),
         ({"decoding": {"search": BEST}, "temperature": 0}, "temperature", "4 independent samples"),
         ({"decoding": {"search": BEST}, "n": 5}, "n", "4 candidates"),
         ({"decoding": {"search": BEST}, "echo": True}, "echo", "echo"),
@@ -196,3 +212,27 @@ def test_a_preset_whose_scorer_is_not_served_does_not_start() -> None:
     presets = {"p": {"model": "base", "decoding": {"search": {"kind": "best_of_n", "scorer": "rm"}}}}
     with pytest.raises(Exception, match="'p' cannot be served: The scorer 'rm' is not loaded"):
         ask("/health", presets=presets)
+
+
+def test_the_docs_table_is_generated() -> None:
+    assert table() in PAGE
+
+
+def test_scorers_inside_a_table_are_read_as_outside() -> None:
+    search = row({"n": 4, "scorer": {"rule": "length"}}) | {"candidates": True}
+    answer = ask(TEXT, PLAIN | {"decoding": {"search": search}}).json()
+    candidates = answer["decoding"]["search"]["candidates"]
+    assert [each["score"] for each in candidates] == [float(len(each["text"].split())) for each in candidates]
+
+
+@pytest.mark.parametrize("example", re.findall(r"```json\n(.*?)```", PAGE, re.S))
+def test_the_docs_examples_are_served(example: str) -> None:
+    body = json.loads(example)
+    paths = [path for name, path in (("messages", CHAT), ("prompt", TEXT)) if name in body] or ["/v1/score"]
+    answer = ask(paths[0], body | ({} if paths == ["/v1/score"] else {"max_tokens": 16}))
+    assert answer.status_code == 200, answer.text
+
+
+def test_the_docs_say_what_every_search_takes() -> None:
+    for name in Bounds.__dataclass_fields__:
+        assert f"| `{name}` |" in PAGE
