@@ -164,7 +164,7 @@ def measure_deal(folder: Path, args: argparse.Namespace) -> Result:
     base = FAMILY / "base" if args.quick else widened(FAMILY / "base", folder / "wide", 300_000_000)
     specs = [ModelSpec("base", str(base))]
     engine = Engine(load_models(specs, self_check=False), EngineConfig(kv_memory=2 << 30, compile_from=0))
-    length = 12 if args.quick else 48
+    length = 12 if args.quick else 24
     sampling = Sampling(temperature=0.0, max_tokens=length, ignore_eos=True)
     constraint = ScorerParams(keywords=("valley", "river", "seven"))
     sides = {

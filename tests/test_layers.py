@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from decoding.search import SEARCHES
+from decoding.search import table as searches_table
 from decoding.strategies import STRATEGIES, table
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +58,22 @@ def test_no_strategy_is_named_outside_its_own_file() -> None:
                 continue
             for node in ast.walk(ast.parse(path.read_text())):
                 assert not (isinstance(node, ast.Constant) and node.value in names), f"{path} names {node.value!r}"
+
+
+def test_no_search_is_named_outside_the_searches() -> None:
+    shared = {"auto", "lookahead", "beam"}  # words of other meanings too
+    for package in ("decoding", "server"):
+        for path in (ROOT / package).rglob("*.py"):
+            if path.parent.name == "search":
+                continue
+            for node in ast.walk(ast.parse(path.read_text())):
+                found = isinstance(node, ast.Constant) and node.value in set(SEARCHES) - shared
+                assert not found, f"{path} names a search"
+
+
+def test_the_readmes_table_of_searches_is_generated() -> None:
+    """`python -m decoding.search` prints it."""
+    assert searches_table() in (ROOT / "README.md").read_text()
 
 
 def test_the_readmes_table_of_strategies_is_generated() -> None:

@@ -72,6 +72,23 @@ def make_scorer(
     return Sum(tuple((weight, scorer) for weight, _, scorer in parts))
 
 
+def bounds(spec: ScorerSpec) -> tuple[float, float] | None:
+    """The least and the greatest number that a scorer without models can give; None for others, and for open ends."""
+    if not isinstance(spec, ScorerParams):
+        return None
+    if spec.parts:
+        found = [bounds(part) for part in spec.parts]
+        ends = [each for each in found if each is not None]
+        if len(ends) < len(found):
+            return None
+        low, high = sum(low for low, _ in ends), sum(high for _, high in ends)
+    elif _what(spec) in (["keywords"], ["words"], ["regex"], ["json"]):
+        low, high = 0.0, 1.0
+    else:
+        return None
+    return (spec.weight * low, spec.weight * high) if spec.weight >= 0 else (spec.weight * high, spec.weight * low)
+
+
 def check_model(model: ScorerModel) -> None:
     """Raises ModelLoadError if the model cannot score as its kind and configuration say, at the start already."""
     tongue = Tongue(model.text)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from decoding.core import BadRequest, Sampling
+from decoding.scorers.build import bounds
 from decoding.scorers.spec import ScorerParams, ScorerSpec
 from decoding.search.common import MAX_CANDIDATES, concluded, drop, greedy, ranked, spent, whole
 from decoding.search.spec import SearchKind
@@ -60,7 +61,7 @@ def run(search: Search, params: Deal) -> Steps:
     stuck: list[_Partial] = []
     step = 0
     while live and not search.exhausted:
-        options = yield from _options(live)
+        options = yield from _options(live, params)
         if not options:
             break
         yield from _look_ahead(search, params, options)
@@ -87,9 +88,9 @@ def _candidate(partial: _Partial) -> Candidate:
     return Candidate(partial.ahead, partial.value if math.isfinite(partial.value) else None)
 
 
-def _options(live: Sequence[_Partial]) -> Generator[Any, Any, list[_Partial]]:
+def _options(live: Sequence[_Partial], params: Deal) -> Generator[Any, Any, list[_Partial]]:
     """Every hypothesis with every one of its next tokens. The one that its look-ahead begins with keeps that."""
-    tries = [(p, p.head, [entry for entry in p.nexts if entry[1] > -math.inf]) for p in live if p.head]
+    tries = [(p, p.head, _open_entries(p, live, params)) for p in live if p.head]
     forked = yield [Fork(head, len(entries)) for _, head, entries in tries]
     fresh = [
         (p, child, token, lp)
@@ -111,6 +112,17 @@ def _options(live: Sequence[_Partial]) -> Generator[Any, Any, list[_Partial]]:
             option = _Partial(p, token, p.lp + lp, None, child, follows[rejoins:])
         options.append(option)
     return options
+
+
+def _open_entries(p: _Partial, live: Sequence[_Partial], params: Deal) -> list[tuple[int, float]]:
+    """The next tokens that may still be chosen: where h is bounded, some are out before anything is looked at."""
+    possible = [(token, lp) for token, lp in p.nexts if lp > -math.inf]
+    ends = bounds(params.scorer or params.constraint or "")
+    if ends is None:
+        return possible
+    low, high = sorted(params.weight * end for end in ends)
+    sure = sorted((each.lp + lp + low for each in live for _, lp in each.nexts), reverse=True)[: params.beams]
+    return [(token, lp) for token, lp in possible if len(sure) < params.beams or p.lp + lp + high >= sure[-1]]
 
 
 def _look_ahead(search: Search, params: Deal, options: Sequence[_Partial]) -> Generator[Any, Any, None]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from decoding.core import BadRequest, EngineFailure, ModelLoadError
-from decoding.scorers.build import ScorerModel, check_model, check_scorer, make_scorer
+from decoding.scorers.build import ScorerModel, bounds, check_model, check_scorer, make_scorer
 from decoding.scorers.pages import Tongue
 from decoding.scorers.patterns import MAX_TEXT
 from decoding.scorers.readings import Guard, Judge, Reward, SelfEvaluation, StepReward
@@ -375,3 +375,19 @@ def test_models_are_checked_at_the_start() -> None:
 def test_objectives_without_weights_are_refused() -> None:
     with pytest.raises(BadRequest, match="3 objectives"):
         make_scorer("many", MODELS, {}, "base")
+
+
+@pytest.mark.parametrize(
+    ("spec", "ends"),
+    [
+        (ScorerParams(keywords=("a",)), (0.0, 1.0)),
+        (ScorerParams(max_words=3, weight=2.0), (0.0, 2.0)),
+        (ScorerParams(json=True, weight=-1.0), (-1.0, 0.0)),
+        (ScorerParams(parts=(ScorerParams(regex="x"), ScorerParams(json=True, weight=-3.0)), weight=2.0), (-6.0, 2.0)),
+        (ScorerParams(rule="length"), None),
+        (ScorerParams(parts=(ScorerParams(regex="x"), ScorerParams(model="rm"))), None),
+        ("rm", None),
+    ],
+)
+def test_bounds_of_rules(spec: Any, ends: Any) -> None:
+    assert bounds(spec) == ends

@@ -88,6 +88,28 @@ def test_deal_is_its_definition(seed: int, beams: int) -> None:
     assert search.live == {c.branch for c in outcome.candidates}
 
 
+def halved(value: Value) -> Value:
+    return lambda text: value(text) / 2
+
+
+@pytest.mark.parametrize("weight", [0.7, -0.7])
+def test_tokens_that_cannot_win_are_not_looked_at(weight: float) -> None:
+    """A constraint gives 0 to 1: what is out by more than that is out at once, and the choice is the same."""
+    tried = {"bounded": 0, "open": 0}
+    for seed in range(20):
+        rows, value = random_rows(seed), random_value(seed)
+        results = []
+        for name, how in (("bounded", {"constraint": ScorerParams(keywords=("x",))}), ("open", {"scorer": "rm"})):
+            params = Deal(k=5, lookahead=2, weight=weight, beams=1 + seed % 2, **how)  # type: ignore[arg-type]
+            within = language(rows, scores=scored(halved(value)))
+            search = ScriptedSearch(within, sampling=Sampling(max_tokens=10))
+            outcome = search.drive(deal.run(search, params))
+            results.append([(c.branch.text, c.score) for c in outcome.candidates])
+            tried[name] += sum(call[0] == "greedy" for batch in search.calls for call in batch)
+        assert results[0] == results[1]
+    assert tried["bounded"] < 0.8 * tried["open"]
+
+
 def forwards(search: ScriptedSearch) -> int:
     """Passes of the policy that wait for each other: a run of n tokens is n, `Top` one, all else none."""
     total = 0
