@@ -6,13 +6,13 @@
 
 prm    beam search (n 16, width 4, 40 steps of 32 tokens) over a random 330M model with a process reward model of the
        same size: the engine, whose scorer reads what is new, against the same search whose scorer reads whole texts
-       one at a time with transformers; the same tokens are generated in both.
+       one at a time with transformers; as many tokens are generated in both.
 deal   DeAL (k 5, look-ahead of 10) over the embedded base widened to 300M parameters, with keywords: seconds and
        dependent forwards a token, with look-aheads drafted from earlier ones and without, over plain decoding.
 mixed  16 plain streams beside 16 searches of different kinds, against the same streams beside 16 plain ones: the
        median time between two tokens of a stream.
 
-bf16. Sides of a comparison are interleaved round by round where they are short; medians of the rounds are compared.
+Sides of a comparison are interleaved round by round where they are short; medians of the rounds are compared.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def word_tokenizer(path: Path) -> None:
 class WholeTexts:
     """The same scores by transformers, every text from its beginning, one at a time."""
 
-    def __init__(self, path: Path, marker: str, reading: Any) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    def __init__(self, path: Path, dtype: torch.dtype, reading: Any) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
         self.reading, self.calls, self.tokens, self.seconds = reading, 0, 0, 0.0
 
     @torch.inference_mode()
@@ -117,28 +117,32 @@ class WholeTexts:
         return found
 
 
-def measure_prm(folder: Path, args: argparse.Namespace) -> Result:
-    """The cost of scoring every step of a beam search."""
-    size = SIZES["tiny" if args.quick else "330M"]
+def pair(folder: Path, args: argparse.Namespace) -> tuple[list[ModelSpec], dict[str, Path]]:
+    """A random policy and a PRM of the same size, which answers with tokens."""
+    size = SIZES["tiny" if args.quick else args.size]
     paths = {}
     for i, name in enumerate(("base", "prm")):
         paths[name] = make_model(folder / f"{name}-{size.layers}", size, i)
         word_tokenizer(paths[name])
-    specs = [
-        ModelSpec("base", str(paths["base"]), max_model_len=2048),
-        ModelSpec("prm", str(paths["prm"]), kind="prm", step_marker="+", score_tokens=("+", "-"), max_model_len=2048),
-    ]
+    more: dict[str, Any] = {"dtype": args.dtype, "max_model_len": 2048}
+    prm = ModelSpec("prm", str(paths["prm"]), kind="prm", step_marker="+", score_tokens=("+", "-"), **more)
+    return [ModelSpec("base", str(paths["base"]), **more), prm], paths
+
+
+def measure_prm(folder: Path, args: argparse.Namespace) -> Result:
+    """The cost of scoring every step of a beam search."""
+    specs, paths = pair(folder, args)
     engine = Engine(load_models(specs, self_check=False), EngineConfig(kv_memory=6 << 30))
     steps, tokens = (4, 8) if args.quick else (args.steps, 32)
     search = program("beam", n=16, width=4, scorer="prm", max_steps=steps, step_tokens=tokens, separator="\n\n\n\n\n\n")
-    sampling = Sampling(temperature=0.8, max_tokens=steps * tokens, ignore_eos=True, seed=1)
+    sampling = Sampling(temperature=0.8, max_tokens=steps * tokens, ignore_eos=True)
     request = ask(engine, search, "word " * 24, sampling)
     finish(engine, [replace(request, id="warm", sampling=replace(sampling, max_tokens=2 * tokens))])
     began = time.perf_counter()
     (usage,) = finish(engine, [request]).values()
     ours = time.perf_counter() - began
     assert usage.search is not None
-    whole = WholeTexts(paths["prm"], "+", engine._host.make_scorer("prm", "base"))
+    whole = WholeTexts(paths["prm"], engine.runners["prm"].dtype, engine._host.make_scorer("prm", "base"))
     engine._host.make_scorer = lambda spec, model: whole  # type: ignore[assignment]
     began = time.perf_counter()
     (other,) = finish(engine, [replace(request, id="whole")]).values()
@@ -162,7 +166,7 @@ def measure_prm(folder: Path, args: argparse.Namespace) -> Result:
 def measure_deal(folder: Path, args: argparse.Namespace) -> Result:
     """DeAL's cost a token over plain decoding."""
     base = FAMILY / "base" if args.quick else widened(FAMILY / "base", folder / "wide", 300_000_000)
-    specs = [ModelSpec("base", str(base))]
+    specs = [ModelSpec("base", str(base), dtype=args.dtype)]
     engine = Engine(load_models(specs, self_check=False), EngineConfig(kv_memory=2 << 30, compile_from=0))
     length = 12 if args.quick else 24
     sampling = Sampling(temperature=0.0, max_tokens=length, ignore_eos=True)
@@ -250,21 +254,14 @@ def gaps(engine: Engine, streams: list[Request], others: list[Request]) -> list[
 
 def measure_mixed(folder: Path, args: argparse.Namespace) -> Result:
     """What 16 searches cost 16 plain streams beside them."""
-    size = SIZES["tiny" if args.quick else "330M"]
-    count, length = (4, 16) if args.quick else (16, 128)
-    paths = {}
-    for i, name in enumerate(("base", "prm")):
-        paths[name] = make_model(folder / f"{name}-{size.layers}", size, i)
-        word_tokenizer(paths[name])
-    specs = [
-        ModelSpec("base", str(paths["base"]), max_model_len=2048),
-        ModelSpec("prm", str(paths["prm"]), kind="prm", step_marker="+", score_tokens=("+", "-"), max_model_len=2048),
-    ]
+    count, length = (4, 16) if args.quick else (16, 96)
+    specs, _ = pair(folder, args)
     result: Result = {"streams": count, "searches": count, "tokens": length}
     hosted = load_models(specs, self_check=False)
-    for label, memory in (("ample", 4 << 30), ("an eighth", None)):
-        blocks = int(memory) if memory else (4 << 30) // 8 // 8
-        engine = Engine(hosted, EngineConfig(kv_memory=blocks))
+    per_block = sum(model.runner.kv_bytes_per_block(16) for model in hosted.values())
+    need = 2 * count * 4 * length * per_block // 16  # of four hypotheses a search, and as much for the streams
+    for label, memory in (("ample", 2 * need), ("an eighth", need // 8)):
+        engine = Engine(hosted, EngineConfig(kv_memory=memory))
         sampling = Sampling(temperature=0.8, max_tokens=length, ignore_eos=True, seed=1)
 
         def streams(name: str, engine: Engine = engine, sampling: Sampling = sampling) -> list[Request]:
@@ -302,6 +299,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=list(PARTS), action="append", help="only this one (may be given again)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--size", choices=list(SIZES), default="330M", help="of the random policy and PRM")
+    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    default = "bfloat16" if bf16 else "float32"
+    parser.add_argument("--dtype", default=default, help="bfloat16 where the CPU has instructions for it, else float32")
     parser.add_argument("--steps", type=int, default=40, help="of the beam search")
     parser.add_argument("--quick", action="store_true", help="short texts of tiny models, to see that it works")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "search-cpu.json")
@@ -311,9 +312,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for part in args.part or PARTS:
             console.print(f"Measuring {part} ...")
-            known[part] = PARTS[part](Path(folder), args)
+            known[part if args.size == "330M" or part == "deal" else f"{part} {args.size}"] = found = {
+                "cpu": torch.backends.cpu.get_cpu_capability(),
+                "threads": torch.get_num_threads(),
+                "dtype": args.dtype,
+                **PARTS[part](Path(folder), args),
+            }
             table = Table("figure", "value", title=part)
-            for name, value in known[part].items():
+            for name, value in found.items():
                 table.add_row(name, str(value))
             console.print(table)
             if not args.quick:

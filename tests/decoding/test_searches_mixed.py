@@ -1,0 +1,144 @@
+"""Searches of every kind beside plain streams in one batch: all end, are what they are alone, give memory back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from decoding.admit import Hosted
+from decoding.core import EngineConfig, ModelSpec, Program, Request, Sampling
+from decoding.engine import Engine
+from decoding.events import Delta, Done, Event, Failed
+from decoding.prepare import prepare
+from decoding.scorers.spec import ScorerParams
+from decoding.search import SEARCHES, searching
+from decoding.search.cascade import Reference
+from decoding.text import TextModel
+from tests.decoding.test_search_engine import PLAIN
+from tests.fakes import TableModel, byte_tokenizer, random_table
+from tests.server.test_search import letters
+
+PRM: dict[str, Any] = {"scorer": "prm"}
+GROWN: dict[str, Any] = {**PRM, "step_tokens": 4}
+SHORT = ScorerParams(max_words=3)
+KINDS: dict[str, dict[str, Any]] = {
+    "best_of_n": {"n": 3, **PRM},
+    "sharpen": {"n": 3},
+    "beam": {"n": 4, "width": 2, "max_steps": 3, **GROWN},
+    "dvts": {"n": 4, "width": 2, "max_steps": 3, **GROWN},
+    "lookahead": {"n": 4, "width": 2, "max_steps": 3, **GROWN},
+    "mcts": {"iterations": 3, "branch": 2, **GROWN},
+    "beam_search": {"width": 2},
+    "deal": {"k": 3, "lookahead": 3, "constraint": SHORT},
+    "reward_search": {"k": 3, **PRM},
+    "adaptive": {"max_samples": 4, "wave": 2, "prune_at": 4, "threshold": 1.0},
+    "revise": {"chains": 2, "length": 2, **PRM},
+    "agents": {},
+    "tree_prompt": {},
+    "step_speculative": {"draft": "small", **GROWN},
+    "selective": {**PRM, "threshold": 0.9},
+    "cascade": {"small": "small", "references": (Reference("1+1?", "2", True), Reference("2+2?", "5", False))},
+    "nudging_search": {"nudger": "small"},
+    "auto": {"n": 4, **PRM},
+}
+
+
+def make_engine(blocks: int, **settings: Any) -> Engine:
+    tables = {"base": letters(1), "small": letters(2), "prm": random_table(3, width=257)}
+    hosted = {}
+    for id, table in tables.items():
+        kind: Any = "prm" if id == "prm" else "causal"
+        spec = ModelSpec(id, f"/{id}", kind=kind, step_marker="+", score_tokens=("y", "n"))
+        model = TableModel(id, table, 5, max_model_len=2048)
+        hosted[id] = Hosted(model, TextModel(id, byte_tokenizer()), blocks * 4, None, kind, spec)
+    return Engine(hosted, EngineConfig(block_size=4, **settings))
+
+
+def requests_of(engine: Engine) -> list[Request]:
+    """Two searches of each kind, and 32 plain streams."""
+
+    def one(program: Program, i: int) -> Request:
+        sampling = Sampling(max_tokens=16, seed=i)
+        return replace(prepare(program, f"prompt {i}", sampling, engine.catalog()), id=f"{i}")
+
+    searches = [searching(kind, "base", **params) for kind, params in KINDS.items()] * 2
+    return [one(program, i) for i, program in enumerate([*searches, *[PLAIN] * 32])]
+
+
+def drain(engine: Engine, ticks: int = 4000) -> list[Event]:
+    events: list[Event] = []
+    for _ in range(ticks):
+        if not engine.has_work():
+            return events
+        events += engine.step()
+        engine.check()
+    raise AssertionError("it does not end")
+
+
+def texts(events: list[Event]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for event in events:
+        assert not isinstance(event, Failed), event
+        if isinstance(event, Delta):
+            found[event.request_id] = found.get(event.request_id, "") + event.text
+    return found
+
+
+def test_every_kind_is_here() -> None:
+    assert set(KINDS) == set(SEARCHES)
+
+
+@pytest.fixture(scope="module")
+def alone() -> tuple[dict[str, str], int]:
+    """Every request's text when nothing else runs, and the blocks that all of them take together."""
+    engine = make_engine(8192)
+    found: dict[str, str] = {}
+    need = 0
+    for request in requests_of(engine):
+        engine.submit(request)
+        events, most = [], 0.0
+        while engine.has_work():
+            events += engine.step()
+            most = max(most, engine.pools["base"].used)
+        found |= texts(events)
+        need += round(most * 8192)
+    return found, need
+
+
+@pytest.mark.parametrize(("share", "seats"), [(1, 64), (8, 64), (8, 5)])
+def test_all_of_them_at_once_are_what_they_are_alone(alone: tuple[dict[str, str], int], share: int, seats: int) -> None:
+    wanted, need = alone
+    engine = make_engine(need // share, max_num_seqs=seats)
+    for request in requests_of(engine):
+        engine.submit(request)
+    assert texts(drain(engine)) == wanted
+    assert share == 1 or engine.stats().preemptions > 0
+    assert all(pool.used == 0 for pool in engine.pools.values())
+    assert not engine.scheduler.resting
+
+
+@pytest.mark.parametrize("share", [1, 8])
+@pytest.mark.parametrize("after", [3, 11, 25])
+def test_cancelling_half_frees_their_memory_at_once(alone: tuple[dict[str, str], int], share: int, after: int) -> None:
+    wanted, need = alone
+    engine = make_engine(need // share)
+    requests = requests_of(engine)
+    for request in requests:
+        engine.submit(request)
+    events: list[Event] = []
+    for _ in range(after):
+        events += engine.step()
+    gone = {request.id for request in requests[::2]}
+    for id in gone:
+        engine.abort(id)
+    engine.check()
+    scheduler = engine.scheduler
+    held = [*scheduler.running, *scheduler.waiting, *scheduler.resting]
+    assert not gone & {state.group.payer.request.id for state in held}
+    events += drain(engine)
+    assert {event.request_id for event in events if isinstance(event, Done)} >= set(wanted) - gone
+    found = texts(events)
+    assert {id: found[id] for id in set(wanted) - gone} == {id: wanted[id] for id in set(wanted) - gone}
+    assert all(pool.used == 0 for pool in engine.pools.values())
