@@ -18,7 +18,7 @@ from decoding.search.cascade import Reference
 from decoding.text import TextModel
 from tests.decoding.test_search_engine import PLAIN
 from tests.fakes import TableModel, byte_tokenizer, random_table
-from tests.server.test_search import letters
+from tests.server.tables import letters
 
 PRM: dict[str, Any] = {"scorer": "prm"}
 GROWN: dict[str, Any] = {**PRM, "step_tokens": 4}
