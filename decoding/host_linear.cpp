@@ -28,7 +28,7 @@ inline F16 sum_each(const F16* x) {
 }
 #else
 using Wide = F16;
-constexpr int64_t kStep = 16;
+constexpr int64_t kStep = kLanes;
 inline Wide load_wide(const bf16* p) { return load(p); }
 inline F16 dot(F16 total, Wide a, Wide b) { return total + a * b; }
 inline F16 sum_each(const F16* x) {

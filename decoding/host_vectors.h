@@ -1,4 +1,4 @@
-// What the CPU kernels share: vectors of 16 floats, and bf16.
+// What the CPU kernels share: vectors of 16 floats (8 without AVX-512), and bf16.
 //
 // Written with GCC vector extensions, which compile to AVX-512, AVX2 or NEON. Sums are always fp32.
 #pragma once
@@ -22,11 +22,16 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+#ifdef __AVX512F__
 constexpr int kLanes = 16;
-typedef float F16 __attribute__((vector_size(64)));
-typedef int32_t I16 __attribute__((vector_size(64)));
-typedef uint32_t U16 __attribute__((vector_size(64)));
-typedef uint16_t H16 __attribute__((vector_size(32)));
+#else  // wider vectors than the machine's would be kept in memory
+constexpr int kLanes = 8;
+#endif
+// F16 and its kin are named by their widest.
+typedef float F16 __attribute__((vector_size(4 * kLanes)));
+typedef int32_t I16 __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t U16 __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t H16 __attribute__((vector_size(2 * kLanes)));
 
 struct bf16 {
   uint16_t bits;
