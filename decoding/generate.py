@@ -44,7 +44,7 @@ def load_models(
     `adapters`: more may come by `Engine.load_adapter`, and compiling for them should not wait until then.
     """
     from decoding.models import load_model  # transformers takes seconds to import; fakes and tests need none of it
-    from decoding.texts import base_specs, load_texts
+    from decoding.texts import PARTS, base_specs, load_texts
 
     specs = [ModelSpec(id, path) for id, path in models.items()] if isinstance(models, Mapping) else list(models)
     bases = base_specs(specs)
@@ -55,7 +55,7 @@ def load_models(
     for spec in specs:
         if spec.kind == "judge":
             continue
-        runner = runners[spec.of or spec.id]
+        runner = runners[spec.of or "" if spec.kind in PARTS else spec.id]
         adapter = runner.load_adapter(spec.id, spec.path) if spec.kind == "adapter" else None
         kind = "causal" if spec.kind == "adapter" else spec.kind
         hosted[spec.id] = Hosted(runner, texts[spec.id], spec.kv_memory, adapter, kind, spec)

@@ -45,7 +45,7 @@ def own_text(spec: ModelSpec, base: ModelSpec) -> TextModel | None:
 
 
 def base_specs(specs: Iterable[ModelSpec]) -> Mapping[str, ModelSpec]:
-    """What has weights of its own to run, by id. Raises ModelLoadError for an adapter or judge of none of them."""
+    """What has weights of its own to run, by id. Raises ModelLoadError for a wrong `of`."""
     specs = tuple(specs)
     bases = {spec.id: spec for spec in specs if spec.kind not in PARTS}
     for spec in specs:
@@ -54,4 +54,9 @@ def base_specs(specs: Iterable[ModelSpec]) -> Mapping[str, ModelSpec]:
                 f"is of '{spec.of}', which is no model that is served" if spec.of else "names no model that it is of"
             )
             raise ModelLoadError(f"The {spec.kind} '{spec.id}' {whose}.")
+        if spec.kind not in PARTS and spec.of is not None:
+            raise ModelLoadError(
+                f"Model '{spec.id}' of kind {spec.kind} has weights of its own: only kinds {' and '.join(PARTS)} are "
+                f"of another model, so leave out 'of' ('{spec.of}')."
+            )
     return bases
