@@ -12,20 +12,30 @@ import copy
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutput
 
 from decoding.core import ModelLoadError, ModelSpec
 from decoding.judge import local_directory
 
-CLASSES = ("ForSequenceClassification", "ForTokenClassification")
+CLASSES: Mapping[str, Any] = {
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+}
 LINEAR_HEADS = ("score", "classifier", "v_head.summary", "regression_layer")  # where a linear head's tensors are
 MLP_HEAD = ("score.0", "score.2")
+VALUE_HEAD = "v_head.summary.weight"
 WRAPPER = "pretrained_model."  # what stands before the decoder's tensors in some checkpoints
 
 
@@ -98,18 +108,37 @@ class HeadModel(nn.Module):
         use_cache: bool = False,
         return_dict: bool = True,
         logits_to_keep: Tensor | int = 0,
-    ) -> SimpleNamespace:
+    ) -> CausalLMOutput:
         """ids [n, T] -> logits [n, T, outputs], or of the positions `logits_to_keep` [R] only."""
         made = self.backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False, return_dict=True)
         hidden = made.last_hidden_state
         if isinstance(logits_to_keep, Tensor):
             hidden = hidden[:, logits_to_keep]
-        return SimpleNamespace(logits=self.head(hidden))
+        return CausalLMOutput(logits=self.head(hidden))
 
 
-def has_head(config: Any) -> bool:
-    """Whether the checkpoint has a classification head in place of an LM's."""
-    return bool(_architecture(config)) and not _architecture(config).endswith(("ForCausalLM", "LMHeadModel"))
+def has_head(spec: ModelSpec, config: Any) -> bool:
+    """Whether the checkpoint has a scoring head: one in place of an LM's, or a value head beside it."""
+    name = _architecture(config)
+    if name and not name.endswith(("ForCausalLM", "LMHeadModel")):
+        return True
+    return Path(spec.path).is_dir() and _Tensors(spec).has(VALUE_HEAD)
+
+
+def own_classifier(model: HeadModel) -> PreTrainedModel | None:
+    """Transformers' own class around the same decoder and head, None for layouts that it does not know."""
+    name = _architecture(model.config)
+    auto = next((auto for ending, auto in CLASSES.items() if name.endswith(ending)), None)
+    kind = None if auto is None else auto._model_mapping.get(type(model.config), None)
+    if kind is None or kind.__name__ != name:
+        return None
+    config = copy.deepcopy(model.config)
+    config.pad_token_id = None  # of a single prompt the last token is always meant
+    with torch.device("meta"):
+        own: PreTrainedModel = kind(config)
+    setattr(own, own.base_model_prefix, model.backbone)
+    setattr(own, "score" if hasattr(own, "score") else "classifier", model.head)
+    return own.eval()
 
 
 def read_head_model(spec: ModelSpec, config: Any, dtype: torch.dtype) -> HeadModel:
@@ -117,9 +146,7 @@ def read_head_model(spec: ModelSpec, config: Any, dtype: torch.dtype) -> HeadMod
     tensors = _Tensors(spec)
     backbone = _backbone(spec, config, dtype, tensors)
     head, about = _head(tensors, config, dtype)
-    width = next(each.shape[-1] for each in head.parameters() if each.dim() == 2)
-    if width != config.hidden_size:
-        raise ModelLoadError(f"its head reads {width} numbers, and its decoder gives {config.hidden_size}.")
+    _check_sizes(head, about, config)
     return HeadModel(backbone, head, about)
 
 
@@ -135,6 +162,17 @@ class _Tensors:
     @property
     def names(self) -> Iterable[str]:
         return self._files
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor `name`, under the wrapper's name too."""
+        return name in self._files or WRAPPER + name in self._files
+
+    def need(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The tensor `name`. Raises ModelLoadError if there is none."""
+        found = self.get(name, dtype)
+        if found is None:
+            raise ModelLoadError(f"its head lacks the tensor {name} in its safetensors.")
+        return found
 
     def get(self, name: str, dtype: torch.dtype) -> Tensor | None:
         """The tensor `name`, under the wrapper's name too; None if there is none."""
@@ -182,16 +220,22 @@ def _backbone(spec: ModelSpec, config: Any, dtype: torch.dtype, tensors: _Tensor
 
 
 def _head(tensors: _Tensors, config: Any, dtype: torch.dtype) -> tuple[nn.Module, Head]:
-    if all(f"{name}.weight" in tensors.names for name in MLP_HEAD):
-        first, second = (_linear(tensors, name, dtype) for name in MLP_HEAD)
-        assert first is not None
-        assert second is not None
+    if any(tensors.has(f"{name}.weight") for name in MLP_HEAD):
+        first, second = (
+            _as_linear(name, tensors.need(f"{name}.weight", dtype), tensors.need(f"{name}.bias", dtype))
+            for name in MLP_HEAD
+        )
+        if first.out_features != second.in_features:
+            raise ModelLoadError(
+                f"its head's layers do not fit: {first.out_features} numbers into {second.in_features}."
+            )
         return nn.Sequential(first, nn.ReLU(), second), Head(second.out_features)
     for name in LINEAR_HEADS:
         head = _linear(tensors, name, dtype)
         if head is not None:
             labels = _labels(config, head.out_features)
-            gate, transform = _gate(tensors, config), tensors.get("reward_transform_matrix", torch.float32)
+            gate = _gate(tensors, config)
+            transform = None if gate is None else tensors.need("reward_transform_matrix", torch.float32)
             return head, Head(head.out_features, labels, gate, transform)
     raise ModelLoadError(
         f"a {_architecture(config)} without a head that is known: none of {', '.join(LINEAR_HEADS)} is in its "
@@ -200,10 +244,17 @@ def _head(tensors: _Tensors, config: Any, dtype: torch.dtype) -> tuple[nn.Module
 
 
 def _linear(tensors: _Tensors, name: str, dtype: torch.dtype) -> nn.Linear | None:
-    weight, bias = tensors.get(f"{name}.weight", dtype), tensors.get(f"{name}.bias", dtype)
+    weight = tensors.get(f"{name}.weight", dtype)
     if weight is None or weight.dim() != 2:
         return None
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=dtype)
+    return _as_linear(name, weight, tensors.get(f"{name}.bias", dtype))
+
+
+def _as_linear(name: str, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        shapes = [list(each.shape) for each in (weight, bias) if each is not None]
+        raise ModelLoadError(f"its head's {name} has tensors of shapes {shapes}, which are no linear layer's.")
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
     made.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         made.bias = nn.Parameter(bias, requires_grad=False)
@@ -218,14 +269,32 @@ def _labels(config: Any, outputs: int) -> tuple[str, ...]:
 
 
 def _gate(tensors: _Tensors, config: Any) -> Gate | None:
-    layers: list[tuple[Tensor, Tensor | None]] = []
-    while (weight := tensors.get(f"gating.layers.{len(layers)}.weight", torch.float32)) is not None:
-        layers.append((weight, tensors.get(f"gating.layers.{len(layers)}.bias", torch.float32)))
-    if not layers:
+    count = sum("gating.layers." in name and name.endswith(".weight") for name in tensors.names)
+    if not count and not _architecture(config).endswith("WithGating"):
         return None
-    scale = tensors.get("gating.logit_scale", torch.float32)
-    return Gate(
-        tuple(layers),
-        float(getattr(config, "gating_temperature", 10.0)),
-        1.0 if scale is None else float(scale.flatten()[0]),
-    )
+    layers: list[tuple[Tensor, Tensor | None]] = []
+    for name in (f"gating.layers.{i}" for i in range(max(count, 1))):
+        weight, bias = tensors.need(f"{name}.weight", torch.float32), tensors.get(f"{name}.bias", torch.float32)
+        _as_linear(name, weight, bias)
+        layers.append((weight, bias))
+    scale = tensors.need("gating.logit_scale", torch.float32)
+    return Gate(tuple(layers), float(getattr(config, "gating_temperature", 10.0)), float(scale.flatten()[0]))
+
+
+def _check_sizes(head: nn.Module, about: Head, config: Any) -> None:
+    """Raises ModelLoadError unless head, gate and transform fit the decoder, each other and what the config says."""
+    width = next(each.shape[-1] for each in head.parameters() if each.dim() == 2)
+    if width != config.hidden_size:
+        raise ModelLoadError(f"its head reads {width} numbers, and its decoder gives {config.hidden_size}.")
+    outputs = about.outputs
+    stated = config.num_labels if _architecture(config).endswith(tuple(CLASSES)) else None
+    if stated is not None and stated != outputs:
+        raise ModelLoadError(f"its head has {outputs} outputs, and its config.json names {stated} labels.")
+    if about.gate is not None:
+        sizes = [width, *(weight.shape[0] for weight, _ in about.gate.layers)]
+        reads = [weight.shape[1] for weight, _ in about.gate.layers]
+        if reads != sizes[:-1] or sizes[-1] != outputs:
+            raise ModelLoadError(f"its gate's layers do not lead from {width} numbers to its {outputs} objectives.")
+    if about.transform is not None and about.transform.shape != (outputs, outputs):
+        shape = list(about.transform.shape)
+        raise ModelLoadError(f"its reward_transform_matrix is {shape}, not [{outputs}, {outputs}].")

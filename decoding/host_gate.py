@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from decoding.core import ModelLoadError
 
@@ -40,7 +40,10 @@ def causal_class(config: Any, scores: bool = False) -> type[PreTrainedModel]:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelLoadError(f"{kind} is an encoder-decoder; only decoder-only language models are served.")
     if type(config) not in known:
-        raise ModelLoadError(f"{kind} has no causal language model in transformers.")
+        hosted = "; only causal decoders are hosted" if scores else ""
+        raise ModelLoadError(f"{kind} has no causal language model in transformers{hosted}.")
+    if scores and type(config) in AutoModelForMaskedLM._model_mapping:
+        raise ModelLoadError(f"{kind} is an encoder, whose tokens see what follows; only causal decoders are hosted.")
     found: type[PreTrainedModel] = known[type(config)]
     if getattr(found, "_is_stateful", False):
         raise ModelLoadError(f"{kind} keeps a recurrent state (state-space or linear attention), which is not served.")

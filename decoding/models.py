@@ -21,7 +21,7 @@ from decoding.core import SCORERS, ModelLoadError, ModelSpec
 from decoding.heads import has_head, read_head_model
 from decoding.host_gate import causal_class, context_limit
 from decoding.runner import Runner
-from decoding.selfcheck import check_twin, check_weights, own_logits
+from decoding.selfcheck import check_head, check_twin, check_weights, own_logits
 
 log = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -46,7 +46,7 @@ def _load(spec: ModelSpec, compile: bool, self_check: bool, adapters: bool) -> R
     if spec.kind not in KINDS:
         raise ModelLoadError(f"kind '{spec.kind}' is not one of {', '.join(KINDS)}.")
     config = read_config(spec)
-    scores = spec.kind in SCORERS and has_head(config)
+    scores = spec.kind in SCORERS and has_head(spec, config)
     kind = causal_class(config, scores)
     length = context_limit(config, spec.max_model_len)
     device = _device(spec)
@@ -57,6 +57,8 @@ def _load(spec: ModelSpec, compile: bool, self_check: bool, adapters: bool) -> R
     model = model.eval().to(device)
     ids = torch.arange(2 * PROMPT_TOKENS, device=device).view(2, -1) * 7919 % int(model.config.vocab_size)
     expected = own_logits(model, ids) if self_check else None
+    if scores and expected is not None:
+        check_head(model, expected, ids)
     runner = Runner(model, spec.id, length, compile=compile, adapters=adapters)
     if expected is not None:
         runner.allocate(2, PROMPT_TOKENS)

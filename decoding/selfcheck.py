@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from decoding.attention import Tensor
 from decoding.core import ModelLoadError
+from decoding.heads import HeadModel, own_classifier
 from decoding.hosting import SpanInput
 from decoding.runner import Runner
 
@@ -244,6 +245,28 @@ def _ragged(runner: Runner, first: list[int], second: list[int]) -> Tensor:
         out[1].append(logits[cut:])
         starts = [begin + len(s.token_ids) for begin, s in zip(starts, spans)]
     return torch.stack([torch.cat(rows) for rows in out])
+
+
+@torch.inference_mode()
+def check_head(model: HeadModel, expected: Tensor, ids: Tensor) -> None:
+    """The head where transformers has a class for it: its own forward on single prompts without padding.
+
+    expected [n, length, outputs] of ids [n, length]; a classifier of texts answers with the last position's row.
+    A class with parts beside decoder and head fails: they have no weights here. Raises ModelLoadError on a mismatch.
+    """
+    own = own_classifier(model)
+    if own is None:
+        return
+    kind = type(own).__name__
+    for prompt, want in zip(ids, expected, strict=True):
+        try:
+            got = own(input_ids=prompt[None], use_cache=False, return_dict=True).logits[0]
+        except Exception as error:
+            raise ModelLoadError(f"{kind}: its own forward fails with this decoder and head: {error}") from error
+        want = want[-1:] if got.dim() == 1 else want
+        error_size = float((got.float().view_as(want) - want.float()).norm() / want.float().norm().clamp_min(1e-6))
+        if not error_size <= max(8 * torch.finfo(want.dtype).eps, 1e-5):
+            raise ModelLoadError(f"{kind}: its own forward differs by {error_size:.1e}; it would be served wrongly.")
 
 
 def check_weights(runner: Runner, expected: Tensor, prompts: Sequence[Sequence[int]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,12 +219,60 @@ def test_tensors_that_are_missing_or_do_not_fit_are_refused(tmp_path: Path, chan
         load_model(ModelSpec("rm", str(tmp_path / "m"), kind="reward"))
 
 
+MLP, GATED = "Qwen2ForProcessRewardModel", "LlamaForRewardModelWithGating"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        (MLP, {"score.2.weight": tensor(2, 30)}, "layers do not fit: 32 numbers into 30"),
+        (MLP, {"score.2.bias": tensor(3)}, "no linear layer's"),
+        (MLP, {"score.0.bias": None}, "lacks the tensor score.0.bias"),
+        (MLP, {"score.2.weight": None}, "lacks the tensor score.2.weight"),
+        (GATED, {"gating.layers.0.weight": None}, "lacks the tensor gating.layers.0"),
+        (GATED, {"gating.layers.0.weight": None, "gating.layers.1.weight": None}, "lacks the tensor gating.layers.0"),
+        (GATED, {"gating.layers.0.weight": tensor(16, 31)}, "do not lead from 32 numbers to its 5 objectives"),
+        (GATED, {"gating.layers.1.weight": tensor(4, 16)}, "do not lead from 32 numbers to its 5 objectives"),
+        (GATED, {"gating.logit_scale": None}, "lacks the tensor gating.logit_scale"),
+        (GATED, {"reward_transform_matrix": tensor(4, 4)}, "not .5, 5."),
+        (GATED, {"reward_transform_matrix": None}, "lacks the tensor reward_transform_matrix"),
+    ],
+)
+def test_parts_of_published_heads_that_do_not_fit_are_refused(
+    tmp_path: Path, name: str, changes: dict[str, torch.Tensor | None], words: str
+) -> None:
+    arch, heads, _ = LAYOUTS[name]
+    tensors = {key: value for key, value in (heads | changes).items() if value is not None}
+    custom(tmp_path / "m", arch, name, tensors)
+    with pytest.raises(ModelLoadError, match=words):
+        load_model(ModelSpec("rm", str(tmp_path / "m"), kind="reward"))
+
+
+def test_a_head_has_as_many_outputs_as_there_are_labels(tmp_path: Path) -> None:
+    classifier(tmp_path / "m", "llama", num_labels=1)
+    file = tmp_path / "m" / "config.json"
+    names = {"id2label": {"0": "bad", "1": "good"}, "label2id": {"bad": 0, "good": 1}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | names))
+    with pytest.raises(ModelLoadError, match=r"1 outputs, and its config\.json names 2 labels"):
+        load_model(ModelSpec("rm", str(tmp_path / "m"), kind="reward"))
+
+
+@pytest.mark.parametrize("prefix", ["", "pretrained_model."])
+def test_a_value_head_beside_an_lm_head_is_the_scorers(tmp_path: Path, prefix: str) -> None:
+    """Whatever the class is called: read as a language model it would score by its vocabulary."""
+    heads = {"v_head.summary.weight": tensor(1, H), "v_head.summary.bias": tensor(1)}
+    custom(tmp_path / "m", "qwen2", "Qwen2ForCausalLM", heads | {f"{prefix}lm_head.weight": tensor(257, H)}, prefix)
+    runner = load_model(ModelSpec("prm", str(tmp_path / "m"), kind="prm"))
+    assert runner.head is not None
+    assert runner.width == 1
+
+
 def test_a_classifier_is_no_causal_model_and_an_encoder_no_scorer(tmp_path: Path) -> None:
     classifier(tmp_path / "rm", "llama", num_labels=1)
     with pytest.raises(ModelLoadError, match="its kind is reward, not causal"):
         load_model(ModelSpec("rm", str(tmp_path / "rm")))
     classifier(tmp_path / "bert", "bert", num_labels=1)
-    with pytest.raises(ModelLoadError, match="bert"):
+    with pytest.raises(ModelLoadError, match=r"bert is an encoder.* only causal decoders are hosted"):
         load_model(ModelSpec("bert", str(tmp_path / "bert"), kind="reward"))
 
 
@@ -243,6 +292,53 @@ def test_the_self_check_compares_the_real_head(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(HeadModel, "forward", wrong)
     with pytest.raises(ModelLoadError, match="differ from Hugging Face's own"):
         load_model(spec)
+
+
+@pytest.mark.parametrize(
+    ("arch", "auto"), [("llama", AutoModelForSequenceClassification), ("qwen2", AutoModelForTokenClassification)]
+)
+def test_the_self_check_asks_transformers_own_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, auto: Any
+) -> None:
+    """A class that does more than decoder and head is not served without that."""
+    kind = type(classifier(tmp_path / "m", arch, auto, num_labels=2))
+    spec, own = ModelSpec("rm", str(tmp_path / "m"), kind="reward"), kind.forward
+
+    def more(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = own(self, *args, **kwargs)
+        made.logits = made.logits * 1.01
+        return made
+
+    load_model(spec)
+    monkeypatch.setattr(kind, "forward", more)
+    with pytest.raises(ModelLoadError, match=f"{kind.__name__}: its own forward differs"):
+        load_model(spec)
+
+
+def test_a_head_of_no_numbers_is_caught(tmp_path: Path) -> None:
+    arch, heads, _ = LAYOUTS[MLP]
+    custom(tmp_path / "m", arch, MLP, heads | {"score.2.weight": torch.full((2, H), float("nan"))})
+    with pytest.raises(ModelLoadError, match="differ from Hugging Face's own"):
+        load_model(ModelSpec("rm", str(tmp_path / "m"), kind="prm"))
+
+
+@pytest.mark.parametrize("kind", ["reward", "self_eval", "causal"])
+def test_a_model_with_weights_of_its_own_is_of_no_other(tmp_path: Path, kind: Any) -> None:
+    """It must not be served by the other's weights."""
+    specs = []
+    for name in ("base", "other"):
+        tiny_directory("llama", tmp_path / name, vocab_size=257, eos_token_id=256, pad_token_id=256)
+        specs.append(ModelSpec(name, str(tmp_path / name)))
+    with pytest.raises(ModelLoadError, match="has weights of its own"):
+        load_models([specs[0], replace(specs[1], kind=kind, of="base")])
+
+
+def test_a_scorer_is_compiled_like_any_model(tmp_path: Path) -> None:
+    """`warm_up` compares the compiled forward with the eager one, and says False if either fails."""
+    classifier(tmp_path / "m", "llama", num_labels=2)
+    runner = load_model(ModelSpec("rm", str(tmp_path / "m"), kind="reward"))
+    assert runner.warm_up() == runner._kernels
+    runner.close()
 
 
 def test_an_engine_of_a_policy_and_a_reward_model(tmp_path: Path) -> None:
