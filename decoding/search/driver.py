@@ -275,6 +275,7 @@ class Driver:
             state.sampling = _drawn_as(state.group.request.sampling, verb.sampling)
             drafter = state.draft
             if verb.drafts:
+                self._host.rest_drafter(state)
                 state.draft = _drafts(state, verb.drafts)
             yield from self._reach(node, goal)
             state.draft, state.sampling = drafter, state.group.request.sampling

@@ -13,6 +13,7 @@ from decoding.blocks import Copy
 from decoding.core import BadRequest, Policy, Program, Role, Sampling, Term
 from decoding.events import Delta
 from decoding.hosting import ModelRunner
+from decoding.output import OutputText
 from decoding.prepare import Catalog, prepare
 from decoding.sampling import Drawn
 from decoding.scheduler import Scheduler
@@ -88,7 +89,8 @@ class Host:
         """A text for the scorer `model` to read, empty and resting. Raises UnknownModel."""
         track = stream_track(model, owner.request.salt, self.hosted)
         group = Group(owner.request, next(self._serials), owner.policy, (0,), 0, 0, owner=owner)
-        made = Stream(group, 0, (), [track], owner.sequences[0].text, owner.request.sampling, next_row=-2)
+        text = OutputText(self.hosted[model].text, owner.request)
+        made = Stream(group, 0, (), [track], text, owner.request.sampling, next_row=-2)
         group.sequences.append(made)
         self.scheduler.rest(made)
         return made
@@ -165,6 +167,12 @@ class Host:
         sequence.solver_state = None  # it depends on rows that were not mixed: as at the beginning of a text
         self.tell_drafter(sequence, delta.token_ids)
         return delta
+
+    def rest_drafter(self, sequence: Sequence) -> None:
+        """Its drafter is not needed for a while: it gives its memory back, and catches up when it is."""
+        own = sequence.draft.own if sequence.draft else None
+        if own is not None:
+            self.scheduler.blocks.forget(own)
 
     def tell_drafter(self, sequence: Sequence, tokens: Iterable[int]) -> None:
         """`tokens` were appended to `sequence`."""

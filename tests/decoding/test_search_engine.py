@@ -410,6 +410,43 @@ def test_speculation_goes_on_under_a_search(asked: Any) -> None:
         engine.check()
 
 
+def test_drafts_of_a_run_stand_in_for_a_drafter(asked: Any) -> None:
+    """The drafter's memory is not lost meanwhile, nor when the request goes in the middle of the run."""
+
+    def run(it: Search) -> Steps:
+        yield Run(it.root, Until(tokens=6))
+        yield Run(it.root, Until(tokens=8), drafts=[1, 2, 3])
+        yield Run(it.root)
+        return one(it.root)
+
+    engine = make_engine(roles=2)
+    program = asked(run, replace(PLAIN, speculation=Speculation("side1", tokens=3)))
+    greedy = replace(SAMPLED, temperature=0.0)
+    (plain,) = engine.generate(PROMPT, PLAIN, greedy)
+    for ticks in (6, 10, 1000):
+        request = request_of(engine, program, sampling=greedy)
+        engine.submit(request)
+        events: list[Event] = []
+        for _ in range(ticks):
+            events += engine.step()
+            engine.check()
+        engine.abort(request.id)
+        engine.check()
+        assert all(pool.used == 0 for pool in engine.pools.values())
+    assert [list(event.token_ids) for event in events if isinstance(event, Delta)] == [plain.token_ids]
+
+
+def test_texts_are_scored_when_the_root_is_gone(asked: Any) -> None:
+    def run(it: Search) -> Steps:
+        other = yield Open("another", None)
+        yield Drop(it.root)
+        yield Run(other, Until(tokens=3))
+        assert (yield Score(other, "prm")) == (yield Judge(Hypothesis("another", tuple(other.steps)), "prm"))
+        return one(other)
+
+    usage_of(make_engine(), asked(run))
+
+
 # -- ends of texts --------------------------------------------------------------------------------------------------
 
 
