@@ -23,7 +23,7 @@ def test_the_kernel_does_what_the_reference_does(
     given = residual if with_residual else None
     y, r = rms_norm(x, weight, 1e-6, given, offset, kernel=True)
     want, total = rms_norm_reference(x, weight, 1e-6, given, offset)
-    # The interpreter cuts bf16 off where torch rounds: a unit in the last place (`ulp`) each for the sum, the normed row
+    # The interpreter cuts bf16 off where torch rounds: a unit in the last place each for the sum, the normed row
     # and the product. In fp32 nothing is cut off; sums in another order remain.
     ulp = torch.finfo(dtype).eps
     assert torch.allclose(r.float(), total.float(), rtol=ulp if dtype == torch.bfloat16 else 0.0, atol=0.0)
