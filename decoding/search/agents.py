@@ -77,7 +77,8 @@ def run(search: Search, params: Agents) -> Steps:
     if not search.exhausted:
         refined: Branch = yield Open(asked(search.prompt, filled(params.refine, found)), params.refiner)
         yield Run(refined)
-        candidates.insert(0, Candidate(refined))
+        if refined.tokens or not search.exhausted:  # a bound may have left no room for it
+            candidates.insert(0, Candidate(refined))
     return concluded(search, ranked(candidates), details={"answer": answer.text, "review": found["review"]})
 
 

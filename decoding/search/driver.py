@@ -39,13 +39,14 @@ Emit = Callable[[str, dict[str, float]], None]
 class Node:
     """A branch's side in the engine.
 
-    streams: what scorers have read of it. told: its deltas, for the winner's. nexts: after how many tokens the next
-    ones were last asked for, and their log-probs.
+    within: the bound on branches had room for it. streams: what scorers have read of it. told: its deltas, for the
+    winner's. nexts: after how many tokens the next ones were last asked for, and their log-probs.
     """
 
     branch: Branch
     state: State
     prompt: Prompt
+    within: bool = True
     streams: Streams = field(default_factory=dict)
     told: list[Delta] = field(default_factory=list)
     nexts: tuple[int, dict[int, float]] = (-1, {})
@@ -205,12 +206,16 @@ class Driver:
 
     def _open(self, verb: Open) -> Work:
         yield from ()
-        if not self._left.take():
-            self.exhausted = self.exhausted or CANDIDATES
+        within = bool(self._left.take())
         state = self._host.open(self.group, verb.prompt, verb.program, verb.sampling or self.sampling)
         self._opened += 1
         state.path = (-self._opened,)
-        return self._register(state, verb.prompt, Branch(state.path, model=state.group.request.text_model))
+        branch = Branch(state.path, model=state.group.request.text_model)
+        made = self._register(state, verb.prompt, branch, within)
+        if not within:
+            self.exhausted = self.exhausted or CANDIDATES
+            branch.finished = "length"  # it is there to be asked, and nothing is ever written on it
+        return made
 
     def _fork(self, node: Node, n: int) -> Work:
         state, branch = node.state, node.branch
@@ -338,19 +343,19 @@ class Driver:
             return goal.ended or self._spent
         return state.rows_wanted <= 0 and all(track.num_computed >= state.target(track) for track in state.tracks)
 
-    def _register(self, state: State, prompt: Prompt, branch: Branch) -> Branch:
-        node = Node(branch, state, prompt)
+    def _register(self, state: State, prompt: Prompt, branch: Branch, within: bool = True) -> Branch:
+        node = Node(branch, state, prompt, within)
         if state.group.max_output == 0:
             branch.finished = "length"
         self.nodes[branch] = self._of[state] = node
-        self.branches += 1
+        self.branches += within
         return branch
 
     def _forget(self, node: Node) -> None:
         if self.nodes.pop(node.branch, None) is None:
             return
         del self._of[node.state]
-        if self.plan.max_candidates is None and self._left.left is not None:
+        if self.plan.max_candidates is None and self._left.left is not None and node.within:
             self._left.left += 1
         node.branch.dropped = True
         for state in (node.state, *node.streams.values()):

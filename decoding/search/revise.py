@@ -53,7 +53,8 @@ def run(search: Search, params: Revise) -> Steps:
         revisions: list[Branch] = yield [Open(continued(search.prompt, texts, params.request)) for texts in shown]
         yield [Run(branch) for branch in revisions]
         for chain, revision in zip(chains, revisions, strict=True):
-            chain.append(revision)
+            if revision.tokens or not search.exhausted:  # a bound may have left no room for it
+                chain.append(revision)
         search.progress(f"answer {length} of {params.length}", answers=length)
     answers = [branch for chain in chains for branch in chain]
     if params.scorer is None:
