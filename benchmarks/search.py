@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.models import SIZES, make_model
 from benchmarks.speculation import FAMILY, widened
-from decoding.core import EngineConfig, ModelSpec, Policy, Program, Request, Role, Sampling, SearchPlan, Term
+from decoding.core import EngineConfig, ModelSpec, Program, Request, Sampling, SearchPlan
 from decoding.engine import Engine
 from decoding.events import Delta, Done, Failed, Usage
 from decoding.generate import load_models
@@ -50,7 +50,7 @@ QUESTIONS = ("What is 12 + 30 + 7?", "Hello! How are you?", "Tell me about the v
 
 def plain(model: str = "base") -> Program:
     """The model alone."""
-    return Program("plain", Policy((Term("base", Role(model)),)))
+    return Program.plain(model)
 
 
 def program(kind: str, model: str = "base", **params: Any) -> Program:
@@ -155,7 +155,7 @@ def measure_prm(folder: Path, args: argparse.Namespace) -> Result:
     assert usage.search is not None
     reading = engine._host.make_scorer("prm", "base")
     whole = WholeTexts(paths["prm"], engine.runners["prm"].dtype, reading, args.one_in)
-    engine._host.make_scorer = lambda spec, model: whole  # type: ignore[assignment]
+    engine._host.make_scorer = lambda spec, model: whole
     began = time.perf_counter()
     (other,) = finish(engine, [replace(request, id="whole")]).values()
     theirs = time.perf_counter() - began + whole.seconds * (args.one_in - 1)

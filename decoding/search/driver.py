@@ -21,6 +21,7 @@ from decoding.draft import MAX_DRAFTS
 from decoding.events import Delta, TokenLogprob
 from decoding.lookup import Lookup, Source
 from decoding.scorers.spec import Hypothesis
+from decoding.search.common import spent
 from decoding.search.host import Host
 from decoding.search.scoring import Scoring, Streams, Work, together
 from decoding.search.spec import SearchKind
@@ -30,7 +31,6 @@ from decoding.state import Sequence as State
 from decoding.text import Prompt
 
 MAX_BRANCHES = 1024  # at a time, of a search without a bound on all that it ever forks and opens
-CANDIDATES = "max_candidates"
 REALIGN = 3  # tokens that must agree for a text to go on with drafts after it has left them
 Emit = Callable[[str, dict[str, float]], None]
 
@@ -213,7 +213,7 @@ class Driver:
         branch = Branch(state.path, model=state.group.request.text_model)
         made = self._register(state, verb.prompt, branch, within)
         if not within:
-            self.exhausted = self.exhausted or CANDIDATES
+            self.exhausted = self.exhausted or "max_candidates"
             branch.finished = "length"  # it is there to be asked, and nothing is ever written on it
         return made
 
@@ -221,7 +221,7 @@ class Driver:
         state, branch = node.state, node.branch
         count = self._left.take(n)
         if count < n:
-            self.exhausted = self.exhausted or CANDIDATES
+            self.exhausted = self.exhausted or "max_candidates"
         if count > 1 and any(state.target(track) - track.num_computed > 1 for track in state.tracks):
             yield from self._reach(node, Goal())  # once, for all of them
         children = []
@@ -276,7 +276,7 @@ class Driver:
         start, text = len(branch.tokens), branch.text
         goal = Goal(draws=True, separator=verb.until.separator, budget=self._tokens, top=verb.top)
         goal.length = None if verb.until.tokens is None else start + max(1, verb.until.tokens)
-        if not branch.finished and not self._spent:
+        if not branch.finished and not spent(self):
             state.sampling = _drawn_as(state.group.request.sampling, verb.sampling)
             drafter = state.draft
             if verb.drafts:
@@ -333,14 +333,9 @@ class Driver:
         self._host.rest(state)
         state.next_row = len(state.output) - 1
 
-    @property
-    def _spent(self) -> bool:
-        """Whether nothing may be generated any more; without branches to fork, what there is still runs."""
-        return self.exhausted is not None and self.exhausted != CANDIDATES
-
     def _reached(self, state: State, goal: Goal) -> bool:
         if goal.draws:
-            return goal.ended or self._spent
+            return goal.ended or spent(self)
         return state.rows_wanted <= 0 and all(track.num_computed >= state.target(track) for track in state.tracks)
 
     def _register(self, state: State, prompt: Prompt, branch: Branch, within: bool = True) -> Branch:
@@ -371,9 +366,9 @@ class Driver:
             branch.steps[-1] += text
 
     def _look_at_budgets(self) -> None:
-        if not self._spent and self._tokens.left == 0:
+        if not spent(self) and self._tokens.left == 0:
             self.exhausted = "max_total_tokens"
-        if not self._spent and self._deadline is not None and time.monotonic() >= self._deadline:
+        if not spent(self) and self._deadline is not None and time.monotonic() >= self._deadline:
             self.exhausted = "max_seconds"
 
 
