@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.engine import engine_run, interleave, prompts_of
 from benchmarks.models import SIZES, make_model
 from benchmarks.peers import Timing
-from decoding.core import EngineConfig, ModelSpec, Policy, Program, Role, Term
+from decoding.core import EngineConfig, ModelSpec, Program
 from decoding.engine import Engine
 from decoding.generate import load_models
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     prompts = prompts_of(args.streams, args.prompt, 1)
 
     def decode(engine: Engine, models: list[str]) -> Timing:
-        programs = [Program("plain", Policy((Term("base", Role(model)),))) for model in models]
+        programs = [Program.plain(model) for model in models]
         return engine_run(engine, programs, prompts, args.new_tokens)
 
     bare = ["base"] * args.streams

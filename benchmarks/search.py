@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.models import SIZES, make_model
 from benchmarks.speculation import FAMILY, widened
-from decoding.core import EngineConfig, ModelSpec, Policy, Program, Request, Role, Sampling, SearchPlan, Term
+from decoding.core import EngineConfig, ModelSpec, Program, Request, Sampling, SearchPlan
 from decoding.engine import Engine
 from decoding.events import Delta, Done, Failed, Usage
 from decoding.generate import load_models
@@ -50,7 +50,7 @@ QUESTIONS = ("What is 12 + 30 + 7?", "Hello! How are you?", "Tell me about the v
 
 def plain(model: str = "base") -> Program:
     """The model alone."""
-    return Program("plain", Policy((Term("base", Role(model)),)))
+    return Program.plain(model)
 
 
 def program(kind: str, model: str = "base", **params: Any) -> Program:
@@ -98,20 +98,31 @@ def word_tokenizer(path: Path) -> None:
 
 
 class WholeTexts:
-    """The same scores by transformers, every text from its beginning, one at a time."""
+    """The same scores by transformers, every text from its beginning, one at a time.
 
-    def __init__(self, path: Path, dtype: torch.dtype, reading: Any) -> None:
+    Of every `one_in` texts one is read and counts as that many; texts of a step are equally long. The others get that
+    one's scores: which beams live on changes nothing that is measured.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype, reading: Any, one_in: int) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
         self.reading, self.calls, self.tokens, self.seconds = reading, 0, 0, 0.0
+        self.one_in, self._known = one_in, list[float]()
 
-    @torch.inference_mode()
     def score(self, text: Hypothesis) -> list[float]:
         """Step scores."""
+        self.calls += 1
+        if (self.calls - 1) % self.one_in == 0:
+            self._known = self._read(text)
+        return self._known
+
+    @torch.inference_mode()
+    def _read(self, text: Hypothesis) -> list[float]:
         began = time.perf_counter()
         rendered = self.reading.render(text)
         marks = torch.tensor(rendered.marks)
         rows = self.model(torch.tensor([list(rendered.ids)]), logits_to_keep=marks, use_cache=False).logits[0]
-        self.calls, self.tokens = self.calls + 1, self.tokens + len(rendered.ids)
+        self.tokens += len(rendered.ids)
         self.seconds += time.perf_counter() - began
         found: list[float] = self.reading.read(rows.float(), None)
         return found
@@ -142,20 +153,22 @@ def measure_prm(folder: Path, args: argparse.Namespace) -> Result:
     (usage,) = finish(engine, [request]).values()
     ours = time.perf_counter() - began
     assert usage.search is not None
-    whole = WholeTexts(paths["prm"], engine.runners["prm"].dtype, engine._host.make_scorer("prm", "base"))
-    engine._host.make_scorer = lambda spec, model: whole  # type: ignore[assignment]
+    reading = engine._host.make_scorer("prm", "base")
+    whole = WholeTexts(paths["prm"], engine.runners["prm"].dtype, reading, args.one_in)
+    engine._host.make_scorer = lambda spec, model: whole
     began = time.perf_counter()
     (other,) = finish(engine, [replace(request, id="whole")]).values()
-    theirs = time.perf_counter() - began
+    theirs = time.perf_counter() - began + whole.seconds * (args.one_in - 1)
     return {
         "n": 16,
         "steps": steps,
         "step_tokens": tokens,
         "generated": [usage.completion_tokens, other.completion_tokens],
-        "scorer_tokens": [dict(usage.search.scored), whole.tokens],
+        "one text read in": args.one_in,
+        "scorer_tokens": [dict(usage.search.scored), whole.tokens * args.one_in],
         "seconds": [ours, theirs],
         "tokens_per_second": [usage.completion_tokens / ours, other.completion_tokens / theirs],
-        "scoring_alone_s": whole.seconds,
+        "scoring_alone_s": whole.seconds * args.one_in,
         "throughput over whole texts": usage.completion_tokens / ours / (other.completion_tokens / theirs),
     }
 
@@ -304,6 +317,9 @@ def main() -> None:
     default = "bfloat16" if bf16 else "float32"
     parser.add_argument("--dtype", default=default, help="bfloat16 where the CPU has instructions for it, else float32")
     parser.add_argument("--steps", type=int, default=40, help="of the beam search")
+    parser.add_argument(
+        "--one-in", type=int, default=1, help="the peer of prm reads one text in so many, and it counts so many times"
+    )
     parser.add_argument("--quick", action="store_true", help="short texts of tiny models, to see that it works")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "search-cpu.json")
     args = parser.parse_args()

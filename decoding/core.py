@@ -178,43 +178,44 @@ class Solver(Protocol):
         ...
 
 
+def says(description: str) -> dict[str, str]:
+    """Metadata of a parameter's field: what schemas and documentation say about it."""
+    return {"description": description}
+
+
 AcceptKind = Literal["rejection", "coupled", "judge", "kl", "mixture", "typical"]
 LOOKUPS = ("ngram", "prediction")  # proposers that are no model
-
-
-def _says(description: str) -> dict[str, str]:
-    return {"description": description}
 
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
     """Who drafts tokens ahead of the policy, and which drafts are accepted (rules: `decoding.rules`)."""
 
-    draft: str = field(default="auto", metadata=_says('A model\'s id, "ngram", "prediction" or "auto".'))
+    draft: str = field(default="auto", metadata=says('A model\'s id, "ngram", "prediction" or "auto".'))
     tokens: int | Literal["auto"] = field(
-        default="auto", metadata=_says('Drafts per pass; "auto": by measured acceptance and cost, down to 0.')
+        default="auto", metadata=says('Drafts per pass; "auto": by measured acceptance and cost, down to 0.')
     )
     accept: AcceptKind | None = field(
-        default=None, metadata=_says('The acceptance rule; by default "coupled" with a seed, else "rejection".')
+        default=None, metadata=says('The acceptance rule; by default "coupled" with a seed, else "rejection".')
     )
     threshold: float | None = field(
         default=None,
-        metadata=_says("judge: probability from which a draft counts as right; kl: nats within which models agree."),
+        metadata=says("judge: probability from which a draft counts as right; kl: nats within which models agree."),
     )
-    weight: float = field(default=0.5, metadata=_says("mixture: the policy's share in what is verified against."))
+    weight: float = field(default=0.5, metadata=says("mixture: the policy's share in what is verified against."))
     kappa: float = field(
-        default=3.0, metadata=_says("judge of a mix: how many nats below the best token a draft may be.")
+        default=3.0, metadata=says("judge of a mix: how many nats below the best token a draft may be.")
     )
     certain: float | None = field(
-        default=None, metadata=_says("kl: the exact rule alone where the policy's best probability is above it.")
+        default=None, metadata=says("kl: the exact rule alone where the policy's best probability is above it.")
     )
-    epsilon: float = field(default=0.09, metadata=_says("typical: accept where p > min(epsilon, delta exp(-entropy))."))
-    delta: float = field(default=0.3, metadata=_says("typical: see epsilon."))
+    epsilon: float = field(default=0.09, metadata=says("typical: accept where p > min(epsilon, delta exp(-entropy))."))
+    delta: float = field(default=0.3, metadata=says("typical: see epsilon."))
     bonus: bool | None = field(
         default=None,
-        metadata=_says("Whether the policy adds a token of its own when all drafts pass; by default all but judge."),
+        metadata=says("Whether the policy adds a token of its own when all drafts pass; by default all but judge."),
     )
-    max_ngram: int = field(default=3, metadata=_says("ngram, prediction: the longest run that is looked up."))
+    max_ngram: int = field(default=3, metadata=says("ngram, prediction: the longest run that is looked up."))
 
 
 class Constraint(Protocol):
@@ -267,6 +268,11 @@ class Program:
     trace: bool = False
     speculation: Speculation | None = None
     search: SearchPlan | None = None
+
+    @classmethod
+    def plain(cls, model: str) -> Program:
+        """The model's own next-token distribution."""
+        return cls("plain", Policy((Term("base", Role(model)),)))
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -34,12 +34,9 @@ from decoding.core import (
     ModelLoadError,
     ModelSpec,
     Overloaded,
-    Policy,
     Program,
     Request,
-    Role,
     Sampling,
-    Term,
     UnknownModel,
 )
 from decoding.decide import Decider, Decision
@@ -235,7 +232,7 @@ class Engine:
         if isinstance(prompts, str | Chat) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]  # type: ignore[list-item]
         if not isinstance(program, Program):
-            program = Program("plain", Policy((Term("base", Role(program or next(iter(self.hosted)))),)))
+            program = Program.plain(program or next(iter(self.hosted)))
         catalog = self.catalog()
         extra: dict[str, Any] = {"n": n, "prediction": prediction, "constraint": constraint}
         requests = [prepare(program, p, sampling or Sampling(), catalog, **extra) for p in prompts]  # type: ignore[arg-type]

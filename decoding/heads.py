@@ -28,6 +28,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from decoding.core import ModelLoadError, ModelSpec
 from decoding.judge import local_directory
+from decoding.weights import read_weights
 
 CLASSES: Mapping[str, Any] = {
     "ForSequenceClassification": AutoModelForSequenceClassification,
@@ -189,34 +190,15 @@ def _architecture(config: Any) -> str:
 
 
 def _backbone(spec: ModelSpec, config: Any, dtype: torch.dtype, tensors: _Tensors) -> PreTrainedModel:
-    kind = AutoModel._model_mapping[type(config)]
     wrapped = any(name.startswith(WRAPPER) for name in tensors.names)
-    renamed: dict[str, Any] = {"key_mapping": {"^" + WRAPPER.replace(".", r"\."): ""}} if wrapped else {}
     reports = logging.getLogger("transformers.modeling_utils")
     level = reports.level
     reports.setLevel(logging.ERROR)  # of tensors that are not the decoder's: the head's
     try:
-        model, info = kind.from_pretrained(
-            spec.path,
-            config=copy.deepcopy(config),
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            attn_implementation="eager",
-            output_loading_info=True,
-            **renamed,
-        )
-    except Exception as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise ModelLoadError(f"the weights in {spec.path} cannot be loaded: {line}") from error
+        kind = AutoModel._model_mapping[type(config)]
+        return read_weights(spec, kind, config, dtype, WRAPPER if wrapped else "", trust=False)
     finally:
         reports.setLevel(level)
-    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
-        if info.get(problem):
-            some = ", ".join(sorted(str(key) for key in info[problem])[:4])
-            raise ModelLoadError(f"{len(info[problem])} {problem.replace('_', ' ')} in its safetensors: {some}.")
-    loaded: PreTrainedModel = model
-    return loaded
 
 
 def _head(tensors: _Tensors, config: Any, dtype: torch.dtype) -> tuple[nn.Module, Head]:

@@ -8,20 +8,20 @@ attention calls of the real model (`host_probe`), its logits on two short prompt
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from decoding.core import SCORERS, ModelLoadError, ModelSpec
 from decoding.heads import has_head, read_head_model
 from decoding.host_gate import causal_class, context_limit
 from decoding.runner import Runner
 from decoding.selfcheck import check_head, check_twin, check_weights, own_logits
+from decoding.weights import first_line, read_weights
 
 log = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -92,7 +92,7 @@ def read_config(spec: ModelSpec) -> Any:
     try:
         return AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
     except Exception as error:
-        raise ModelLoadError(f"the configuration of {spec.path} cannot be read: {_first_line(error)}") from error
+        raise ModelLoadError(f"the configuration of {spec.path} cannot be read: {first_line(error)}") from error
 
 
 def _find_weights(path: Path) -> None:
@@ -102,7 +102,7 @@ def _find_weights(path: Path) -> None:
         try:
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelLoadError(f"{index} is not a safetensors index: {_first_line(error)}") from error
+            raise ModelLoadError(f"{index} is not a safetensors index: {first_line(error)}") from error
         missing = [shard for shard in shards if not (path / shard).is_file()]
         if missing:
             raise ModelLoadError(f"{path} lacks {', '.join(missing)}, which its safetensors index names.")
@@ -112,40 +112,13 @@ def _find_weights(path: Path) -> None:
         raise ModelLoadError(f"{path} has no model.safetensors; only safetensors are loaded.{hint}")
 
 
-def read_weights(spec: ModelSpec, kind: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with every weight from safetensors. Raises ModelLoadError when one is missing or does not fit."""
-    try:
-        model, info = kind.from_pretrained(
-            spec.path,
-            config=copy.deepcopy(config),
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=spec.trust_remote_code,
-            attn_implementation="eager",
-            output_loading_info=True,
-        )
-    except Exception as error:
-        raise ModelLoadError(f"the weights in {spec.path} cannot be loaded: {_first_line(error)}") from error
-    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
-        if info.get(problem):
-            some = ", ".join(sorted(str(key) for key in info[problem])[:4])
-            raise ModelLoadError(f"{len(info[problem])} {problem.replace('_', ' ')} in its safetensors: {some}.")
-    loaded: PreTrainedModel = model
-    return loaded
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
-
-
 def _device(spec: ModelSpec) -> torch.device:
     if spec.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(spec.device)
     except RuntimeError as error:
-        raise ModelLoadError(f"device '{spec.device}' is not known: {_first_line(error)}") from error
+        raise ModelLoadError(f"device '{spec.device}' is not known: {first_line(error)}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelLoadError(f"device '{spec.device}' was asked for, but there is no CUDA device.")
     return device

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from decoding.core import BadRequest, Sampling, SearchPlan
+from decoding.core import BadRequest, Sampling, SearchPlan, says
 from decoding.prepare import Catalog
 from decoding.scorers.build import check_scorer
 from decoding.scorers.spec import ScorerParams, ScorerSpec
@@ -26,21 +26,17 @@ _SCORER = TypeAdapter(ScorerParams)
 _SCORER_FIELDS = [each.name for each in fields(ScorerParams)]
 
 
-def _says(description: str) -> dict[str, str]:
-    return {"description": description}
-
-
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """What every search takes besides its own parameters."""
 
     max_total_tokens: int | None = field(
-        default=None, metadata=_says("Tokens of all hypotheses together; the search ends with what it has.")
+        default=None, metadata=says("Tokens of all hypotheses together; the search ends with what it has.")
     )
-    max_candidates: int | None = field(default=None, metadata=_says("Hypotheses that may ever be begun."))
-    max_seconds: float | None = field(default=None, metadata=_says("Time for the whole search."))
-    progress: bool = field(default=False, metadata=_says("Streams tell how far the search is."))
-    candidates: bool = field(default=False, metadata=_says("The report lists all candidates with their scores."))
+    max_candidates: int | None = field(default=None, metadata=says("Hypotheses that may ever be begun."))
+    max_seconds: float | None = field(default=None, metadata=says("Time for the whole search."))
+    progress: bool = field(default=False, metadata=says("Streams tell how far the search is."))
+    candidates: bool = field(default=False, metadata=says("The report lists all candidates with their scores."))
 
 
 class Searches:

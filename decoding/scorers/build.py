@@ -82,7 +82,7 @@ def bounds(spec: ScorerSpec) -> tuple[float, float] | None:
         if len(ends) < len(found):
             return None
         low, high = sum(low for low, _ in ends), sum(high for _, high in ends)
-    elif _what(spec) in (["keywords"], ["words"], ["regex"], ["json"]):
+    elif what_is_set(spec) in (["keywords"], ["words"], ["regex"], ["json"]):
         low, high = 0.0, 1.0
     else:
         return None
@@ -115,14 +115,14 @@ def _flat(params: ScorerParams, weight: float) -> list[tuple[float, ScorerParams
 
 def _name(params: ScorerParams) -> str:
     named = params.model or params.remote or params.rule
-    return f"'{named}'" if named else f"'{_what(params)[0]}'" if _what(params) else "'question'"
+    return f"'{named}'" if named else f"'{what_is_set(params)[0]}'" if what_is_set(params) else "'question'"
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _what(params: ScorerParams) -> list[str]:
-    """Which of the fields that say what a scorer is are set."""
+def what_is_set(params: ScorerParams) -> list[str]:
+    """Which of the fields that say what a scorer is are set; none where it only says how a model is asked."""
     words = params.min_words is not None or params.max_words is not None
     return [name for name in WHAT if (words if name == "words" else getattr(params, name) not in (None, (), False))]
 
@@ -131,7 +131,7 @@ def _check(
     params: ScorerParams, kinds: Mapping[str, str], remotes: Container[str], param: str, depth: int
 ) -> str | None:
     """Raises BadRequest; returns the kind of the model that is asked, if it is one."""
-    what = _what(params)
+    what = what_is_set(params)
     if len(what) > 1 or (not what and params.question is None):
         told = f"not {' and '.join(what)}" if what else "none is given"
         choices = "model, remote, rule, keywords, min_words/max_words, regex, json and parts"
@@ -160,7 +160,7 @@ def _kind(params: ScorerParams, kinds: Mapping[str, str], remotes: Container[str
         listed = f" Configured: {', '.join(remotes)}." if isinstance(remotes, Iterable) and list(remotes) else ""
         raise BadRequest(f"The remote scorer '{params.remote}' is not configured.{listed}", f"{param}.remote")
     if params.model is None:
-        return "causal" if not _what(params) else None
+        return "causal" if not what_is_set(params) else None
     kind = kinds.get(params.model)
     if kind not in KINDS:
         served = [id for id, known in kinds.items() if known in KINDS]

@@ -8,14 +8,11 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
+from decoding.core import says
 from decoding.text import Prompt
 
 Aggregate = Literal["last", "min", "prod", "mean"]
 STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}  # how nested parameters are read from JSON
-
-
-def _says(description: str) -> dict[str, str]:
-    return {"description": description}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,24 +24,24 @@ class ScorerParams:
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-    model: str | None = field(default=None, metadata=_says("A served model; its kind says how it is read."))
-    remote: str | None = field(default=None, metadata=_says("A scorer elsewhere that the operator has configured."))
+    model: str | None = field(default=None, metadata=says("A served model; its kind says how it is read."))
+    remote: str | None = field(default=None, metadata=says("A scorer elsewhere that the operator has configured."))
     rule: Literal["likelihood", "mean_likelihood", "length"] | None = field(
-        default=None, metadata=_says("The policy's own log-probability, summed or per token; or the words, counted.")
+        default=None, metadata=says("The policy's own log-probability, summed or per token; or the words, counted.")
     )
     weights: tuple[float, ...] | None = field(
-        default=None, metadata=_says("Weights of a reward model's objectives, in its order.")
+        default=None, metadata=says("Weights of a reward model's objectives, in its order.")
     )
-    principles: tuple[str, ...] = field(default=(), metadata=_says("Principles that the reward is conditioned on."))
-    question: str | None = field(default=None, metadata=_says("What a causal model is asked as a judge."))
-    taxonomy: str | None = field(default=None, metadata=_says("Categories that a guard judges by."))
-    keywords: tuple[str, ...] = field(default=(), metadata=_says("The share of these words that the text holds."))
-    min_words: int | None = field(default=None, metadata=_says("1 from so many words on, less below."))
-    max_words: int | None = field(default=None, metadata=_says("1 up to so many words, less above."))
-    regex: str | None = field(default=None, metadata=_says("1 if the text matches, else 0."))
-    json: bool = field(default=False, metadata=_says("1 if the text is valid JSON, else 0."))
-    parts: tuple[ScorerParams, ...] = field(default=(), metadata=_says("Scorers whose weighted scores are added."))
-    weight: float = field(default=1.0, metadata=_says("Of a part in the sum."))
+    principles: tuple[str, ...] = field(default=(), metadata=says("Principles that the reward is conditioned on."))
+    question: str | None = field(default=None, metadata=says("What a causal model is asked as a judge."))
+    taxonomy: str | None = field(default=None, metadata=says("Categories that a guard judges by."))
+    keywords: tuple[str, ...] = field(default=(), metadata=says("The share of these words that the text holds."))
+    min_words: int | None = field(default=None, metadata=says("1 from so many words on, less below."))
+    max_words: int | None = field(default=None, metadata=says("1 up to so many words, less above."))
+    regex: str | None = field(default=None, metadata=says("1 if the text matches, else 0."))
+    json: bool = field(default=False, metadata=says("1 if the text is valid JSON, else 0."))
+    parts: tuple[ScorerParams, ...] = field(default=(), metadata=says("Scorers whose weighted scores are added."))
+    weight: float = field(default=1.0, metadata=says("Of a part in the sum."))
 
 
 ScorerSpec = str | ScorerParams  # a model's or remote scorer's id, or the scorer in full

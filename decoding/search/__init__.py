@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, fields, replace
 from typing import Any
 
-from decoding.core import Policy, Program, Role, SearchPlan, Term
+from decoding.core import Program, SearchPlan
 from decoding.search import (
     adaptive,
     agents,
@@ -73,7 +73,7 @@ def searching(kind: str, policy: Program | str, **params: Any) -> Program:
     mine = {name: value for name, value in params.items() if name in own}
     rest = {name: value for name, value in params.items() if name not in own}
     if isinstance(policy, str):
-        policy = Program("plain", Policy((Term("base", Role(policy)),)))
+        policy = Program.plain(policy)
     return replace(policy, search=SearchPlan(kind, SEARCHES[kind].params(**mine), **rest))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from decoding.core import BadRequest, Sampling
+from decoding.core import BadRequest, Sampling, says
 from decoding.scorers.spec import ScorerSpec
 from decoding.search.common import MAX_CANDIDATES, concluded, drop, ranked, spent, whole
 from decoding.search.spec import SearchKind
@@ -21,31 +21,27 @@ from decoding.strategies.spec import finite
 QUESTION = "\n\nWould a fresh attempt at this lead to a better response? Answer yes or no.\nAnswer:"
 
 
-def _says(description: str) -> dict[str, str]:
-    return {"description": description}
-
-
 @dataclass(frozen=True, slots=True)
 class Adaptive:
     """Parameters of `adaptive`."""
 
-    max_samples: int = field(default=16, metadata=_says("Samples at most."))
+    max_samples: int = field(default=16, metadata=says("Samples at most."))
     threshold: float = field(
-        default=0.9, metadata=_says("Stop once some sample is, so probably, as good as a fresh one would be.")
+        default=0.9, metadata=says("Stop once some sample is, so probably, as good as a fresh one would be.")
     )
-    wave: int = field(default=5, metadata=_says("Samples that are drawn together, after the first one."))
+    wave: int = field(default=5, metadata=says("Samples that are drawn together, after the first one."))
     schedule: tuple[float, ...] = field(
         default=(0.0, 0.5, 0.75, 0.875, 1.0),
-        metadata=_says("Each sample's temperature as a share of the request's; the last share holds from there on."),
+        metadata=says("Each sample's temperature as a share of the request's; the last share holds from there on."),
     )
-    prune_at: int | None = field(default=None, metadata=_says("Tokens after which the weakest of a wave are dropped."))
-    prune_fraction: float = field(default=0.5, metadata=_says("The share of a wave that is then dropped."))
+    prune_at: int | None = field(default=None, metadata=says("Tokens after which the weakest of a wave are dropped."))
+    prune_fraction: float = field(default=0.5, metadata=says("The share of a wave that is then dropped."))
     self_eval: ScorerSpec | None = field(
-        default=None, metadata=_says("A model that was trained to say so, instead of asking the request's model.")
+        default=None, metadata=says("A model that was trained to say so, instead of asking the request's model.")
     )
-    question: str = field(default=QUESTION, metadata=_says("What the request's model is asked after its answer."))
+    question: str = field(default=QUESTION, metadata=says("What the request's model is asked after its answer."))
     choices: tuple[str, str] = field(
-        default=(" no", " yes"), metadata=_says("Its two answers: nothing better would come, something would.")
+        default=(" no", " yes"), metadata=says("Its two answers: nothing better would come, something would.")
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from decoding.core import Sampling
+from decoding.core import Sampling, says
 from decoding.search.common import concluded, drop, ranked
 from decoding.search.prompts import asked, check_template, filled, question
 from decoding.search.spec import SearchKind
@@ -39,22 +39,18 @@ Final answer:
 """
 
 
-def _says(description: str) -> dict[str, str]:
-    return {"description": description}
-
-
 @dataclass(frozen=True, slots=True)
 class Agents:
     """Parameters of `agents`. Models that are not named are the request's own, with its policy."""
 
-    generator: str | None = field(default=None, metadata=_says("Answers."))
-    verifier: str | None = field(default=None, metadata=_says("Reviews the answer."))
-    refiner: str | None = field(default=None, metadata=_says("Writes the final answer from both."))
+    generator: str | None = field(default=None, metadata=says("Answers."))
+    verifier: str | None = field(default=None, metadata=says("Reviews the answer."))
+    refiner: str | None = field(default=None, metadata=says("Writes the final answer from both."))
     verify: str = field(
-        default=VERIFY, metadata=_says("What the verifier is shown, with {question} and {answer} in their places.")
+        default=VERIFY, metadata=says("What the verifier is shown, with {question} and {answer} in their places.")
     )
     refine: str = field(
-        default=REFINE, metadata=_says("What the refiner is shown, with {question}, {answer} and {review}.")
+        default=REFINE, metadata=says("What the refiner is shown, with {question}, {answer} and {review}.")
     )
 
 
@@ -77,7 +73,8 @@ def run(search: Search, params: Agents) -> Steps:
     if not search.exhausted:
         refined: Branch = yield Open(asked(search.prompt, filled(params.refine, found)), params.refiner)
         yield Run(refined)
-        candidates.insert(0, Candidate(refined))
+        if refined.tokens or not search.exhausted:  # a bound may have left no room for it
+            candidates.insert(0, Candidate(refined))
     return concluded(search, ranked(candidates), details={"answer": answer.text, "review": found["review"]})
 
 

@@ -12,7 +12,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
-from decoding.core import BadRequest, Sampling
+from decoding.core import BadRequest, Sampling, says
 from decoding.scorers.spec import STRICT, ScorerSpec
 from decoding.search import beam, best_of_n, revise
 from decoding.search.common import MAX_CANDIDATES, drop, greedy, whole
@@ -26,23 +26,19 @@ Size = Literal["small", "medium", "large"]
 Judges = Literal["steps", "answers", "nothing"]
 
 
-def _says(description: str) -> dict[str, str]:
-    return {"description": description}
-
-
 @dataclass(frozen=True, slots=True)
 class AutoRow:
     """Which search is used where all conditions hold; null holds always."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-    kind: str = field(metadata=_says("A search."))
+    kind: str = field(metadata=says("A search."))
     params: dict[str, Any] = field(
-        default_factory=dict, metadata=_says('Its parameters; "n" stands for the budget. The scorer is put in.')
+        default_factory=dict, metadata=says('Its parameters; "n" stands for the budget. The scorer is put in.')
     )
-    difficulty: Difficulty | None = field(default=None, metadata=_says("How hard the prompt is found."))
-    size: Size | None = field(default=None, metadata=_says("The model's size class."))
-    judges: Judges | None = field(default=None, metadata=_says("What the scorer scores, if there is one."))
-    min_n: int = field(default=1, metadata=_says("The budget from which the row counts."))
+    difficulty: Difficulty | None = field(default=None, metadata=says("How hard the prompt is found."))
+    size: Size | None = field(default=None, metadata=says("The model's size class."))
+    judges: Judges | None = field(default=None, metadata=says("What the scorer scores, if there is one."))
+    min_n: int = field(default=1, metadata=says("The budget from which the row counts."))
 
 
 _SAMPLES = {"n": "n", "vote": "max"}
@@ -62,24 +58,24 @@ DEFAULT = (
 class Auto:
     """Parameters of `auto`."""
 
-    n: int = field(default=8, metadata=_says("The budget: how many answers may be written."))
-    scorer: ScorerSpec | None = field(default=None, metadata=_says("What judges; without it answers are counted."))
+    n: int = field(default=8, metadata=says("The budget: how many answers may be written."))
+    scorer: ScorerSpec | None = field(default=None, metadata=says("What judges; without it answers are counted."))
     judges: Literal["steps", "answers"] = field(
-        default="steps", metadata=_says("Whether the scorer gives a number for every step, or one for an answer.")
+        default="steps", metadata=says("Whether the scorer gives a number for every step, or one for an answer.")
     )
     size: Size = field(
-        default="small", metadata=_says("The request's model: below 7e9 parameters, below 33e9, or larger.")
+        default="small", metadata=says("The request's model: below 7e9 parameters, below 33e9, or larger.")
     )
     measure: Literal["confidence", "score"] = field(
         default="confidence",
-        metadata=_says("Difficulty: how likely the greedy tokens are, or what the scorer says of the greedy answer."),
+        metadata=says("Difficulty: how likely the greedy tokens are, or what the scorer says of the greedy answer."),
     )
-    probe_tokens: int = field(default=32, metadata=_says("confidence: greedy tokens that are looked at."))
-    easy: float = field(default=0.9, metadata=_says("From this measure on a prompt is easy."))
-    hard: float = field(default=0.7, metadata=_says("Below this measure it is hard."))
+    probe_tokens: int = field(default=32, metadata=says("confidence: greedy tokens that are looked at."))
+    easy: float = field(default=0.9, metadata=says("From this measure on a prompt is easy."))
+    hard: float = field(default=0.7, metadata=says("Below this measure it is hard."))
     table: tuple[AutoRow, ...] = field(
         default=DEFAULT,
-        metadata=_says("The first row that applies is used. The default follows published findings, not measurements."),
+        metadata=says("The first row that applies is used. The default follows published findings, not measurements."),
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from decoding.core import BadRequest, Sampling
+from decoding.core import BadRequest, Sampling, says
 from decoding.scorers.spec import Aggregate, ScorerSpec
 from decoding.search.common import (
     MAX_CANDIDATES,
@@ -29,29 +29,25 @@ from decoding.search.spec import SearchKind
 from decoding.search.verbs import Branch, Candidate, Fork, Run, Search, Steps, Until
 
 
-def _says(description: str) -> dict[str, str]:
-    return {"description": description}
-
-
 @dataclass(frozen=True, slots=True)
 class Beam:
     """Parameters of `beam` and `dvts`."""
 
-    scorer: ScorerSpec = field(metadata=_says("What scores every step: usually a process reward model."))
-    n: int = field(default=4, metadata=_says("Hypotheses that grow at a time; a multiple of 'width'."))
-    width: int = field(default=4, metadata=_says("Continuations of each hypothesis that is kept."))
-    aggregate: Aggregate = field(default="last", metadata=_says("How the scores of the steps become one."))
-    separator: str = field(default="\n\n", metadata=_says("What ends a step."))
-    step_tokens: int | None = field(default=None, metadata=_says("Steps of so many tokens, whatever they hold."))
-    max_steps: int = field(default=40, metadata=_says("Steps after which the search ends."))
-    lookahead: int = field(default=0, metadata=_says("Further greedy steps by which a step is scored."))
+    scorer: ScorerSpec = field(metadata=says("What scores every step: usually a process reward model."))
+    n: int = field(default=4, metadata=says("Hypotheses that grow at a time; a multiple of 'width'."))
+    width: int = field(default=4, metadata=says("Continuations of each hypothesis that is kept."))
+    aggregate: Aggregate = field(default="last", metadata=says("How the scores of the steps become one."))
+    separator: str = field(default="\n\n", metadata=says("What ends a step."))
+    step_tokens: int | None = field(default=None, metadata=says("Steps of so many tokens, whatever they hold."))
+    max_steps: int = field(default=40, metadata=says("Steps after which the search ends."))
+    lookahead: int = field(default=0, metadata=says("Further greedy steps by which a step is scored."))
 
 
 @dataclass(frozen=True, slots=True)
 class Lookahead(Beam):
     """Parameters of `lookahead`."""
 
-    lookahead: int = field(default=1, metadata=_says("Further greedy steps by which a step is scored."))
+    lookahead: int = field(default=1, metadata=says("Further greedy steps by which a step is scored."))
 
 
 @dataclass(slots=True, eq=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from decoding.answers import check_extraction, extract
-from decoding.core import BadRequest, Sampling
+from decoding.core import BadRequest, Sampling, says
 from decoding.scorers.spec import Aggregate, Hypothesis, ScorerSpec
 from decoding.search.common import MAX_CANDIDATES, concluded, ranked, sample, verdict, whole, worth
 from decoding.search.spec import SearchKind
@@ -19,31 +19,27 @@ from decoding.search.verbs import Branch, Candidate, Judge, Search, Steps
 from decoding.search.voting import squashed, weighted
 
 
-def _says(description: str) -> dict[str, str]:
-    return {"description": description}
-
-
 @dataclass(frozen=True, slots=True)
 class BestOfN:
     """Parameters of `best_of_n`."""
 
-    n: int = field(default=4, metadata=_says("How many samples."))
-    scorer: ScorerSpec | None = field(default=None, metadata=_says("What scores them; a majority needs none."))
+    n: int = field(default=4, metadata=says("How many samples."))
+    scorer: ScorerSpec | None = field(default=None, metadata=says("What scores them; a majority needs none."))
     vote: Literal["max", "weighted", "majority"] = field(
         default="max",
-        metadata=_says("The best score; the answer whose samples' scores add up to most; the most frequent answer."),
+        metadata=says("The best score; the answer whose samples' scores add up to most; the most frequent answer."),
     )
-    aggregate: Aggregate = field(default="last", metadata=_says("How the scores of the steps become one."))
-    separator: str = field(default="\n\n", metadata=_says("What ends a step, for scorers of steps."))
+    aggregate: Aggregate = field(default="last", metadata=says("How the scores of the steps become one."))
+    separator: str = field(default="\n\n", metadata=says("What ends a step, for scorers of steps."))
     squash: Literal["auto", "sigmoid", "none"] = field(
         default="auto",
-        metadata=_says("weighted: scores through a sigmoid first; auto: if any lies outside 0 to 1."),
+        metadata=says("weighted: scores through a sigmoid first; auto: if any lies outside 0 to 1."),
     )
     answer: Literal["auto", "last_number", "boxed"] = field(
-        default="auto", metadata=_says("Votes: what of a text is its answer.")
+        default="auto", metadata=says("Votes: what of a text is its answer.")
     )
     answer_regex: str | None = field(
-        default=None, metadata=_says("Votes: the answer is what this matches last, or its group.")
+        default=None, metadata=says("Votes: the answer is what this matches last, or its group.")
     )
 
 
@@ -101,7 +97,7 @@ def check(params: BestOfN, _sampling: Sampling) -> None:
 class Sharpen:
     """Parameters of `sharpen`."""
 
-    n: int = field(default=4, metadata=_says("How many samples."))
+    n: int = field(default=4, metadata=says("How many samples."))
 
 
 def run_sharpen(search: Search, params: Sharpen) -> Steps:

@@ -10,7 +10,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from decoding.core import BadRequest, Sampling
+from decoding.core import BadRequest, Sampling, says
 from decoding.scorers.spec import STRICT
 from decoding.search.common import concluded, drop, whole
 from decoding.search.prompts import asked, check_template, filled, question
@@ -36,34 +36,30 @@ Reply: """
 VERDICTS = {"A": -1, "B": 1, "C": 0}  # of the answer against the reference
 
 
-def _says(description: str) -> dict[str, str]:
-    return {"description": description}
-
-
 @dataclass(frozen=True, slots=True)
 class Reference:
     """A question with an answer, and whether that is right."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-    query: str = field(metadata=_says("A question."))
-    answer: str = field(metadata=_says("An answer to it."))
-    reliable: bool = field(metadata=_says("Whether the answer is right."))
+    query: str = field(metadata=says("A question."))
+    answer: str = field(metadata=says("An answer to it."))
+    reliable: bool = field(metadata=says("Whether the answer is right."))
 
 
 @dataclass(frozen=True, slots=True)
 class Cascade:
     """Parameters of `cascade`."""
 
-    small: str = field(metadata=_says("The model that answers first, and compares."))
+    small: str = field(metadata=says("The model that answers first, and compares."))
     references: tuple[Reference, ...] = field(
-        metadata=_says("Questions with answers of known reliability, right and wrong ones; about five.")
+        metadata=says("Questions with answers of known reliability, right and wrong ones; about five.")
     )
     threshold: float = field(
-        default=0.0, metadata=_says("Of the mean vote, from -1 to 1; above it the small model's answer is taken.")
+        default=0.0, metadata=says("Of the mean vote, from -1 to 1; above it the small model's answer is taken.")
     )
     compare: str = field(
         default=COMPARE,
-        metadata=_says("The comparison, with {reference_query}, {reference_answer}, {query}, {answer}; A, B or C."),
+        metadata=says("The comparison, with {reference_query}, {reference_answer}, {query}, {answer}; A, B or C."),
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from decoding.core import BadRequest, Sampling
+from decoding.core import BadRequest, Sampling, says
 from decoding.scorers.build import bounds
 from decoding.scorers.spec import ScorerParams, ScorerSpec
 from decoding.search.common import MAX_CANDIDATES, concluded, drop, greedy, ranked, spent, whole
@@ -19,22 +19,18 @@ from decoding.search.verbs import Branch, Candidate, Feed, Fork, Run, Score, Sea
 from decoding.strategies.spec import finite
 
 
-def _says(description: str) -> dict[str, str]:
-    return {"description": description}
-
-
 @dataclass(frozen=True, slots=True)
 class Deal:
     """Parameters of `deal`."""
 
-    k: int = field(default=5, metadata=_says("The likeliest next tokens that are tried."))
-    lookahead: int = field(default=10, metadata=_says("Greedy tokens after each of them, before it is scored."))
-    weight: float = field(default=1.0, metadata=_says("Of the score against the log-probability."))
-    scorer: ScorerSpec | None = field(default=None, metadata=_says("What scores the text with its look ahead."))
+    k: int = field(default=5, metadata=says("The likeliest next tokens that are tried."))
+    lookahead: int = field(default=10, metadata=says("Greedy tokens after each of them, before it is scored."))
+    weight: float = field(default=1.0, metadata=says("Of the score against the log-probability."))
+    scorer: ScorerSpec | None = field(default=None, metadata=says("What scores the text with its look ahead."))
     constraint: ScorerParams | None = field(
-        default=None, metadata=_says("Instead of a scorer: keywords, min_words, max_words, regex.")
+        default=None, metadata=says("Instead of a scorer: keywords, min_words, max_words, regex.")
     )
-    beams: int = field(default=1, metadata=_says("Hypotheses that are kept at every token."))
+    beams: int = field(default=1, metadata=says("Hypotheses that are kept at every token."))
 
 
 @dataclass(slots=True, eq=False)

@@ -21,6 +21,7 @@ from decoding.draft import MAX_DRAFTS
 from decoding.events import Delta, TokenLogprob
 from decoding.lookup import Lookup, Source
 from decoding.scorers.spec import Hypothesis
+from decoding.search.common import spent
 from decoding.search.host import Host
 from decoding.search.scoring import Scoring, Streams, Work, together
 from decoding.search.spec import SearchKind
@@ -30,7 +31,6 @@ from decoding.state import Sequence as State
 from decoding.text import Prompt
 
 MAX_BRANCHES = 1024  # at a time, of a search without a bound on all that it ever forks and opens
-CANDIDATES = "max_candidates"
 REALIGN = 3  # tokens that must agree for a text to go on with drafts after it has left them
 Emit = Callable[[str, dict[str, float]], None]
 
@@ -39,13 +39,14 @@ Emit = Callable[[str, dict[str, float]], None]
 class Node:
     """A branch's side in the engine.
 
-    streams: what scorers have read of it. told: its deltas, for the winner's. nexts: after how many tokens the next
-    ones were last asked for, and their log-probs.
+    within: the bound on branches had room for it. streams: what scorers have read of it. told: its deltas, for the
+    winner's. nexts: after how many tokens the next ones were last asked for, and their log-probs.
     """
 
     branch: Branch
     state: State
     prompt: Prompt
+    within: bool = True
     streams: Streams = field(default_factory=dict)
     told: list[Delta] = field(default_factory=list)
     nexts: tuple[int, dict[int, float]] = (-1, {})
@@ -205,18 +206,22 @@ class Driver:
 
     def _open(self, verb: Open) -> Work:
         yield from ()
-        if not self._left.take():
-            self.exhausted = self.exhausted or CANDIDATES
+        within = bool(self._left.take())
         state = self._host.open(self.group, verb.prompt, verb.program, verb.sampling or self.sampling)
         self._opened += 1
         state.path = (-self._opened,)
-        return self._register(state, verb.prompt, Branch(state.path, model=state.group.request.text_model))
+        branch = Branch(state.path, model=state.group.request.text_model)
+        made = self._register(state, verb.prompt, branch, within)
+        if not within:
+            self.exhausted = self.exhausted or "max_candidates"
+            branch.finished = "length"  # it is there to be asked, and nothing is ever written on it
+        return made
 
     def _fork(self, node: Node, n: int) -> Work:
         state, branch = node.state, node.branch
         count = self._left.take(n)
         if count < n:
-            self.exhausted = self.exhausted or CANDIDATES
+            self.exhausted = self.exhausted or "max_candidates"
         if count > 1 and any(state.target(track) - track.num_computed > 1 for track in state.tracks):
             yield from self._reach(node, Goal())  # once, for all of them
         children = []
@@ -271,7 +276,7 @@ class Driver:
         start, text = len(branch.tokens), branch.text
         goal = Goal(draws=True, separator=verb.until.separator, budget=self._tokens, top=verb.top)
         goal.length = None if verb.until.tokens is None else start + max(1, verb.until.tokens)
-        if not branch.finished and not self._spent:
+        if not branch.finished and not spent(self):
             state.sampling = _drawn_as(state.group.request.sampling, verb.sampling)
             drafter = state.draft
             if verb.drafts:
@@ -328,29 +333,24 @@ class Driver:
         self._host.rest(state)
         state.next_row = len(state.output) - 1
 
-    @property
-    def _spent(self) -> bool:
-        """Whether nothing may be generated any more; without branches to fork, what there is still runs."""
-        return self.exhausted is not None and self.exhausted != CANDIDATES
-
     def _reached(self, state: State, goal: Goal) -> bool:
         if goal.draws:
-            return goal.ended or self._spent
+            return goal.ended or spent(self)
         return state.rows_wanted <= 0 and all(track.num_computed >= state.target(track) for track in state.tracks)
 
-    def _register(self, state: State, prompt: Prompt, branch: Branch) -> Branch:
-        node = Node(branch, state, prompt)
+    def _register(self, state: State, prompt: Prompt, branch: Branch, within: bool = True) -> Branch:
+        node = Node(branch, state, prompt, within)
         if state.group.max_output == 0:
             branch.finished = "length"
         self.nodes[branch] = self._of[state] = node
-        self.branches += 1
+        self.branches += within
         return branch
 
     def _forget(self, node: Node) -> None:
         if self.nodes.pop(node.branch, None) is None:
             return
         del self._of[node.state]
-        if self.plan.max_candidates is None and self._left.left is not None:
+        if self.plan.max_candidates is None and self._left.left is not None and node.within:
             self._left.left += 1
         node.branch.dropped = True
         for state in (node.state, *node.streams.values()):
@@ -366,9 +366,9 @@ class Driver:
             branch.steps[-1] += text
 
     def _look_at_budgets(self) -> None:
-        if not self._spent and self._tokens.left == 0:
+        if not spent(self) and self._tokens.left == 0:
             self.exhausted = "max_total_tokens"
-        if not self._spent and self._deadline is not None and time.monotonic() >= self._deadline:
+        if not spent(self) and self._deadline is not None and time.monotonic() >= self._deadline:
             self.exhausted = "max_seconds"
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from decoding.admit import Hosted, copy_draft, make_group, stream_track
 from decoding.append import append
 from decoding.blocks import Copy
-from decoding.core import BadRequest, Policy, Program, Role, Sampling, Term
+from decoding.core import BadRequest, Program, Sampling
 from decoding.events import Delta
 from decoding.hosting import ModelRunner
 from decoding.output import OutputText
@@ -46,7 +46,7 @@ class Host:
         if program is None:
             program = replace(request.program, search=None)
         elif isinstance(program, str):
-            program = Program("plain", Policy((Term("base", Role(program)),)))
+            program = Program.plain(program)
         if program.models[0] != request.text_model:  # ids mean other tokens there
             sampling = replace(sampling, logit_bias=(), allowed_token_ids=None, stop_token_ids=())
         asked = sampling.max_tokens

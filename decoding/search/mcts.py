@@ -12,7 +12,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
-from decoding.core import Sampling
+from decoding.core import Sampling, says
 from decoding.scorers.spec import Aggregate, ScorerSpec
 from decoding.search.common import (
     MAX_CANDIDATES,
@@ -33,24 +33,20 @@ from decoding.search.verbs import Branch, Candidate, Fork, Run, Search, Steps
 from decoding.strategies.spec import finite
 
 
-def _says(description: str) -> dict[str, str]:
-    return {"description": description}
-
-
 @dataclass(frozen=True, slots=True)
 class Mcts:
     """Parameters of `mcts`."""
 
-    scorer: ScorerSpec = field(metadata=_says("What scores every step, from 0 to 1: a process reward model."))
-    iterations: int = field(default=20, metadata=_says("Rounds of selection, expansion, roll-out and backing up."))
-    branch: int = field(default=3, metadata=_says("Steps that are sampled where a leaf is expanded."))
-    c: float = field(default=0.4, metadata=_says("Weight of exploration."))
-    alpha: float = field(default=0.5, metadata=_says("The roll-out's share in the value of where it began."))
-    rollout_steps: int = field(default=2, metadata=_says("Greedy steps of a roll-out."))
-    end_value: float = field(default=0.9, metadata=_says("The value from which an answer is good enough to end."))
-    aggregate: Aggregate = field(default="last", metadata=_says("How the scores of the steps become one."))
-    separator: str = field(default="\n\n", metadata=_says("What ends a step."))
-    step_tokens: int | None = field(default=None, metadata=_says("Steps of so many tokens, whatever they hold."))
+    scorer: ScorerSpec = field(metadata=says("What scores every step, from 0 to 1: a process reward model."))
+    iterations: int = field(default=20, metadata=says("Rounds of selection, expansion, roll-out and backing up."))
+    branch: int = field(default=3, metadata=says("Steps that are sampled where a leaf is expanded."))
+    c: float = field(default=0.4, metadata=says("Weight of exploration."))
+    alpha: float = field(default=0.5, metadata=says("The roll-out's share in the value of where it began."))
+    rollout_steps: int = field(default=2, metadata=says("Greedy steps of a roll-out."))
+    end_value: float = field(default=0.9, metadata=says("The value from which an answer is good enough to end."))
+    aggregate: Aggregate = field(default="last", metadata=says("How the scores of the steps become one."))
+    separator: str = field(default="\n\n", metadata=says("What ends a step."))
+    step_tokens: int | None = field(default=None, metadata=says("Steps of so many tokens, whatever they hold."))
 
 
 @dataclass(slots=True, eq=False)

@@ -11,7 +11,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
-from decoding.core import Sampling
+from decoding.core import Sampling, says
 from decoding.search.common import concluded, drop, spent
 from decoding.search.spec import SearchKind
 from decoding.search.verbs import Branch, Candidate, Feed, Fork, Open, Run, Search, Steps, Top, Until
@@ -20,17 +20,13 @@ from decoding.strategies.spec import finite
 ONE = Until(tokens=1, step=False)
 
 
-def _says(description: str) -> dict[str, str]:
-    return {"description": description}
-
-
 @dataclass(frozen=True, slots=True)
 class NudgingSearch:
     """Parameters of `nudging_search`."""
 
-    nudger: str = field(metadata=_says("The small aligned model, with a tokenizer of its own."))
+    nudger: str = field(metadata=says("The small aligned model, with a tokenizer of its own."))
     threshold: float = field(
-        default=0.4, metadata=_says("The nudger speaks where the base's best probability is below this.")
+        default=0.4, metadata=says("The nudger speaks where the base's best probability is below this.")
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from decoding.answers import check_extraction, extract
-from decoding.core import BadRequest, Sampling
+from decoding.core import BadRequest, Sampling, says
 from decoding.scorers.spec import Aggregate, Hypothesis, ScorerSpec
 from decoding.search.common import MAX_CANDIDATES, concluded, ranked, sample, verdict, whole
 from decoding.search.prompts import continued
@@ -21,26 +21,22 @@ from decoding.search.voting import weighted
 REQUEST = "Go through the answer above, find what is wrong or could be better in it, and write an improved answer."
 
 
-def _says(description: str) -> dict[str, str]:
-    return {"description": description}
-
-
 @dataclass(frozen=True, slots=True)
 class Revise:
     """Parameters of `revise`; chains x length answers in all."""
 
-    chains: int = field(default=1, metadata=_says("Chains of answers, side by side."))
-    length: int = field(default=4, metadata=_says("Answers in each chain, the first one counted."))
-    context: int = field(default=4, metadata=_says("The last answers of a chain that a revision is shown."))
-    scorer: ScorerSpec | None = field(default=None, metadata=_says("Picks the best answer; without it the majority."))
-    aggregate: Aggregate = field(default="last", metadata=_says("How the scores of the steps become one."))
+    chains: int = field(default=1, metadata=says("Chains of answers, side by side."))
+    length: int = field(default=4, metadata=says("Answers in each chain, the first one counted."))
+    context: int = field(default=4, metadata=says("The last answers of a chain that a revision is shown."))
+    scorer: ScorerSpec | None = field(default=None, metadata=says("Picks the best answer; without it the majority."))
+    aggregate: Aggregate = field(default="last", metadata=says("How the scores of the steps become one."))
     answer: Literal["auto", "last_number", "boxed"] = field(
-        default="auto", metadata=_says("Majority: what of a text is its answer.")
+        default="auto", metadata=says("Majority: what of a text is its answer.")
     )
     answer_regex: str | None = field(
-        default=None, metadata=_says("Majority: the answer is what this matches last, or its group.")
+        default=None, metadata=says("Majority: the answer is what this matches last, or its group.")
     )
-    request: str = field(default=REQUEST, metadata=_says("What is said after every earlier answer."))
+    request: str = field(default=REQUEST, metadata=says("What is said after every earlier answer."))
 
 
 def run(search: Search, params: Revise) -> Steps:
@@ -53,7 +49,8 @@ def run(search: Search, params: Revise) -> Steps:
         revisions: list[Branch] = yield [Open(continued(search.prompt, texts, params.request)) for texts in shown]
         yield [Run(branch) for branch in revisions]
         for chain, revision in zip(chains, revisions, strict=True):
-            chain.append(revision)
+            if revision.tokens or not search.exhausted:  # a bound may have left no room for it
+                chain.append(revision)
         search.progress(f"answer {length} of {params.length}", answers=length)
     answers = [branch for chain in chains for branch in chain]
     if params.scorer is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from decoding.core import Sampling
+from decoding.core import Sampling, says
 from decoding.scorers.spec import ScorerSpec
 from decoding.search.common import MAX_CANDIDATES, concluded, drop, spent, whole
 from decoding.search.spec import SearchKind
@@ -16,19 +16,15 @@ from decoding.search.verbs import Branch, Candidate, Feed, Fork, Run, Score, Sea
 from decoding.strategies.spec import finite
 
 
-def _says(description: str) -> dict[str, str]:
-    return {"description": description}
-
-
 @dataclass(frozen=True, slots=True)
 class RewardSearch:
     """Parameters of `reward_search`."""
 
-    scorer: ScorerSpec = field(metadata=_says("The reward of a text."))
-    k: int = field(default=10, metadata=_says("The likeliest next tokens that are tried."))
-    weight: float = field(default=1.0, metadata=_says("Of the reward against the log-probability."))
+    scorer: ScorerSpec = field(metadata=says("The reward of a text."))
+    k: int = field(default=10, metadata=says("The likeliest next tokens that are tried."))
+    weight: float = field(default=1.0, metadata=says("Of the reward against the log-probability."))
     sample: bool = field(
-        default=False, metadata=_says("Draw the token by the sums, at the request's temperature, not the best one.")
+        default=False, metadata=says("Draw the token by the sums, at the request's temperature, not the best one.")
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from decoding.core import Sampling
+from decoding.core import Sampling, says
 from decoding.scorers.rules import aggregate
 from decoding.scorers.spec import Aggregate, ScorerSpec
 from decoding.search.common import concluded
@@ -16,23 +16,19 @@ from decoding.search.verbs import Candidate, Run, Score, Search, Steps
 from decoding.strategies.spec import finite
 
 
-def _says(description: str) -> dict[str, str]:
-    return {"description": description}
-
-
 @dataclass(frozen=True, slots=True)
 class Selective:
     """Parameters of `selective`."""
 
     scorer: ScorerSpec = field(
-        metadata=_says("What predicts the quality, say a judge, whose score is a mean over digits.")
+        metadata=says("What predicts the quality, say a judge, whose score is a mean over digits.")
     )
-    threshold: float = field(metadata=_says("Below it the answer is declined; of a judge from 0 to 9."))
+    threshold: float = field(metadata=says("Below it the answer is declined; of a judge from 0 to 9."))
     decline: str = field(
         default="I would rather not answer this: my answer would probably not be good enough.",
-        metadata=_says("What is then answered."),
+        metadata=says("What is then answered."),
     )
-    aggregate: Aggregate = field(default="last", metadata=_says("How the scores of the steps become one."))
+    aggregate: Aggregate = field(default="last", metadata=says("How the scores of the steps become one."))
 
 
 def run(search: Search, params: Selective) -> Steps:

@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from decoding.core import Sampling
+from decoding.core import Sampling, says
 from decoding.scorers.spec import ScorerSpec
 from decoding.search.common import MAX_CANDIDATES, check_steps, concluded, drop, spent, steps, whole
 from decoding.search.spec import SearchKind
@@ -19,26 +19,22 @@ from decoding.search.verbs import Branch, Candidate, Drop, Feed, Fork, Open, Run
 from decoding.strategies.spec import finite
 
 
-def _says(description: str) -> dict[str, str]:
-    return {"description": description}
-
-
 @dataclass(frozen=True, slots=True)
 class StepSpeculative:
     """Parameters of `step_speculative`."""
 
-    draft: str = field(metadata=_says("The small model."))
-    scorer: ScorerSpec = field(metadata=_says("What scores the last step: usually a process reward model."))
+    draft: str = field(metadata=says("The small model."))
+    scorer: ScorerSpec = field(metadata=says("What scores the last step: usually a process reward model."))
     mode: Literal["rsd", "gsi"] = field(
-        default="rsd", metadata=_says("One draft that must reach the threshold; or n that are tilted to the base.")
+        default="rsd", metadata=says("One draft that must reach the threshold; or n that are tilted to the base.")
     )
-    threshold: float = field(default=0.7, metadata=_says("rsd: the score from which a drafted step is kept."))
-    n: int = field(default=4, metadata=_says("gsi: steps to choose from."))
-    beta: float = field(default=20.0, metadata=_says("gsi: weight of the score against log-probabilities."))
-    u: float = field(default=10.0, metadata=_says("gsi: the tilted score above which a drafted step is kept."))
-    separator: str = field(default="\n\n", metadata=_says("What ends a step."))
-    step_tokens: int | None = field(default=None, metadata=_says("Steps of so many tokens, whatever they hold."))
-    max_steps: int = field(default=100, metadata=_says("Steps after which the search ends."))
+    threshold: float = field(default=0.7, metadata=says("rsd: the score from which a drafted step is kept."))
+    n: int = field(default=4, metadata=says("gsi: steps to choose from."))
+    beta: float = field(default=20.0, metadata=says("gsi: weight of the score against log-probabilities."))
+    u: float = field(default=10.0, metadata=says("gsi: the tilted score above which a drafted step is kept."))
+    separator: str = field(default="\n\n", metadata=says("What ends a step."))
+    step_tokens: int | None = field(default=None, metadata=says("Steps of so many tokens, whatever they hold."))
+    max_steps: int = field(default=100, metadata=says("Steps after which the search ends."))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from decoding.core import BadRequest, Sampling
+from decoding.core import BadRequest, Sampling, says
 from decoding.search.common import concluded, drop
 from decoding.search.prompts import instructed
 from decoding.search.spec import SearchKind
@@ -25,16 +25,12 @@ solution, and check it."""
 LAST = "Then write, on a line of its own, '{marker}' and after it the answer alone."
 
 
-def _says(description: str) -> dict[str, str]:
-    return {"description": description}
-
-
 @dataclass(frozen=True, slots=True)
 class TreePrompt:
     """Parameters of `tree_prompt`."""
 
-    mode: Literal["bfs", "dfs"] = field(default="bfs", metadata=_says("Breadth first or depth first."))
-    marker: str = field(default="Final answer:", metadata=_says("What the answer stands behind."))
+    mode: Literal["bfs", "dfs"] = field(default="bfs", metadata=says("Breadth first or depth first."))
+    marker: str = field(default="Final answer:", metadata=says("What the answer stands behind."))
 
 
 def run(search: Search, params: TreePrompt) -> Steps:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from decoding.core import Policy, Program, Role, Term
+from decoding.core import Program
 from decoding.strategies.spec import Strategy
 
 
@@ -15,7 +15,7 @@ class Plain:
 
 def build(params: Plain, model: str) -> Program:
     """z = z_model."""
-    return Program("plain", Policy((Term("base", Role(model)),)))
+    return Program.plain(model)
 
 
 STRATEGY = Strategy("plain", "The model's own next-token distribution.", Plain, build)

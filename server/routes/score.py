@@ -27,7 +27,8 @@ from decoding.core import (
 from decoding.core import Request as EngineRequest
 from decoding.events import Done, Failed, SearchReport
 from decoding.prepare import Catalog
-from decoding.scorers.spec import ScorerParams, ScorerSpec
+from decoding.scorers.build import what_is_set
+from decoding.scorers.spec import ScorerSpec
 from decoding.search import score_texts
 from decoding.text import Chat, Prompt
 from server.answers import number
@@ -107,7 +108,7 @@ def _job(body: ScoreBody, services: Services, key: str) -> ScoreJob:
     scorer: ScorerSpec = model
     if body.scorer is not None:
         asked = scorer_in_full(body.scorer, "scorer")
-        scorer = replace(asked, model=model) if _needs_model(asked) else asked
+        scorer = replace(asked, model=model) if not what_is_set(asked) else asked
     param = "input" if body.input is not None else "text_2"
     texts = _texts(body)
     limit = services.config.max_scored_texts
@@ -125,12 +126,6 @@ def _job(body: ScoreBody, services: Services, key: str) -> ScoreJob:
     id = f"score-{uuid.uuid4().hex}"
     made = EngineRequest(id, program, ((0,),), Sampling(max_tokens=1), writer, 1, salt=salt, prompt="")
     return ScoreJob(name, made, param)
-
-
-def _needs_model(scorer: ScorerParams) -> bool:
-    """Whether it says how a model is asked, but not which."""
-    rules = (scorer.model, scorer.remote, scorer.rule, scorer.regex, scorer.min_words, scorer.max_words)
-    return all(each is None for each in rules) and not (scorer.keywords or scorer.json or scorer.parts)
 
 
 def _readers(scorer: ScorerSpec, writer: str) -> set[str]:

@@ -142,3 +142,49 @@ def test_cancelling_half_frees_their_memory_at_once(alone: tuple[dict[str, str],
     found = texts(events)
     assert {id: found[id] for id in set(wanted) - gone} == {id: wanted[id] for id in set(wanted) - gone}
     assert all(pool.used == 0 for pool in engine.pools.values())
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(
+    "bound", [{"max_candidates": n} for n in (1, 2, 3, 7)] + [{"max_total_tokens": n} for n in (1, 9)]
+)
+def test_every_kind_ends_within_its_budgets(kind: str, bound: dict[str, int]) -> None:
+    engine = make_engine(8192)
+    program = searching(kind, "base", **KINDS[kind], **bound)
+    request = replace(prepare(program, "prompt", Sampling(max_tokens=16, seed=1), engine.catalog()), id="one")
+    engine.submit(request)
+    (done,) = [event for event in drain(engine) if isinstance(event, Done)]
+    report = done.usage.search
+    assert report is not None
+    assert report.branches <= 1 + bound.get("max_candidates", report.branches)  # the root is no fork
+    assert report.generated <= bound.get("max_total_tokens", report.generated)
+    assert not engine.scheduler.resting
+
+
+def test_a_refinement_that_the_bound_leaves_no_room_for_is_not_the_answer() -> None:
+    engine = make_engine(8192)
+    program = searching("agents", "base", max_candidates=1)
+    request = replace(
+        prepare(program, "prompt", Sampling(max_tokens=16, seed=1, ignore_eos=True), engine.catalog()), id="one"
+    )
+    engine.submit(request)
+    events = drain(engine)
+    (done,) = [event for event in events if isinstance(event, Done)]
+    report = done.usage.search
+    assert report is not None
+    assert report.exhausted == "max_candidates"
+    answer = dict(report.details)["answer"]
+    assert answer
+    assert texts(events)["one"] == answer
+
+
+def test_revisions_that_the_bound_leaves_no_room_for_are_no_answers() -> None:
+    engine = make_engine(8192)
+    program = searching("revise", "base", chains=2, length=2, max_candidates=3)  # two chains' first answers, one more
+    sampling = Sampling(max_tokens=16, seed=1, ignore_eos=True)
+    request = replace(prepare(program, "prompt", sampling, engine.catalog()), id="one")
+    engine.submit(request)
+    (done,) = [event for event in drain(engine) if isinstance(event, Done)]
+    report = done.usage.search
+    assert report is not None
+    assert sorted(len(chain) for chain in dict(report.details)["chains"]) == [1, 2]
