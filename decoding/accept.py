@@ -75,13 +75,13 @@ def verify(z: torch.Tensor, checks: Seq[Check], generator: torch.Generator) -> l
     assert len(places) == len(z), "one row per position"
     report = {row: k for row, at in enumerate(places) if (k := reported(at.sequence)) is not None}
     lp = log_softmax_rows(z, list(report))  # before the processors edit z
-    unfiltered = _unfiltered(z, checks)
+    unfiltered = unfiltered_rows(z, checks)
     for row, at in enumerate(places):
         if processes(at):
             process(z[row], at)
     best, tokens = z.max(dim=1)  # first of equal maxima: the lower id
     choice, alive = tokens.tolist(), [math.isfinite(value) for value in best.tolist()]
-    weighed = {row for c in checks if c.weighs for row in _rows(c)}
+    weighed = {row for c in checks if c.weighs for row in rows_of(c)}
     drawing = [
         row for row, at in enumerate(places) if at.sampling.temperature > 0 and alive[row] and row not in weighed
     ]
@@ -106,11 +106,12 @@ def verify(z: torch.Tensor, checks: Seq[Check], generator: torch.Generator) -> l
     return found
 
 
-def _rows(check: Check) -> range:
+def rows_of(check: Check) -> range:
+    """Its rows of z."""
     return range(check.start, check.start + len(check.drafts) + 1)
 
 
-def _unfiltered(z: torch.Tensor, checks: Seq[Check]) -> dict[int, torch.Tensor]:
+def unfiltered_rows(z: torch.Tensor, checks: Seq[Check]) -> dict[int, torch.Tensor]:
     """Log-probs [k, W] of the drafted rows, by check, for rules that read them."""
     return {
         i: torch.log_softmax(z[c.start : c.start + len(c.drafts)], 1)
@@ -131,7 +132,7 @@ def _decide(
     final: dict[int, int],
 ) -> None:
     """Accepted drafts into `found`; into `final` the row whose token follows them, which `choice` then holds."""
-    open_rows = [row for c in checks if c.weighs for row in _rows(c)]
+    open_rows = [row for c in checks if c.weighs for row in rows_of(c)]
     place = {row: i for i, row in enumerate(open_rows)}
     cut = kept(z[open_rows], [places[row].sampling for row in open_rows]) if open_rows else z[:0]  # [m, W]
     probs = torch.softmax(cut, 1)
@@ -181,11 +182,23 @@ def _verdicts(
 ) -> tuple[list[bool], list[bool]]:
     """For each drafted row of `mine`: whether the draft is accepted, and whether the exact rule accepts it."""
     if rule.lossless and not any(c.weighs for _, c in mine):
-        agree = [alive[row] and choice[row] == x for _, c in mine for row, x in zip(_rows(c), c.drafts)]
+        agree = [alive[row] and choice[row] == x for _, c in mine for row, x in zip(rows_of(c), c.drafts)]
         return agree, agree
-    evidence = _evidence(rule, mine, z, places, choice, probs, place, unfiltered, generator)
+    tokens = torch.tensor([x for _, c in mine for x in c.drafts], device=z.device)
+    weighed = torch.tensor([c.weighs for _, c in mine for _ in c.drafts], device=z.device)
+    agree = torch.tensor([choice[row] for _, c in mine for row in rows_of(c)[:-1]], device=z.device) == tokens
+    p, q = agree.float(), torch.ones(len(tokens), device=z.device)
+    if bool(weighed.any()):
+        at = torch.tensor([place.get(row, 0) for _, c in mine for row in rows_of(c)[:-1]], device=z.device)
+        p = torch.where(weighed, probs[at, tokens].nan_to_num(0.0), p)
+        q = torch.tensor(
+            [float(c.sequence.draft.probs[i][x]) if c.sequence.draft and c.sequence.draft.probs else 1.0
+             for _, c in mine for i, x in enumerate(c.drafts)],
+            device=z.device,
+        )  # fmt: skip
+    found = evidence(rule, mine, z, places, agree, weighed, p, q, unfiltered, generator)
     allowed = torch.cat([_picked(z, c) for _, c in mine]) > -torch.inf
-    return (rule.accept(evidence) & allowed).tolist(), (evidence.exact & allowed).tolist()
+    return (rule.accept(found) & allowed).tolist(), (found.exact & allowed).tolist()
 
 
 def _closing(check: Check, count: int, probs: torch.Tensor, cut: torch.Tensor, at: int) -> tuple[torch.Tensor, Lane]:
@@ -214,31 +227,25 @@ def _picked(rows: torch.Tensor, check: Check) -> torch.Tensor:
     return rows[check.start : check.start + len(check.drafts)].gather(1, ids)[:, 0]
 
 
-def _evidence(
+def evidence(
     rule: Rule,
     mine: Seq[tuple[int, Check]],
     z: torch.Tensor,
     places: Seq[Position],
-    choice: Seq[int],
-    probs: torch.Tensor,
-    place: Mapping[int, int],
+    agree: torch.Tensor,
+    weighed: torch.Tensor,
+    p: torch.Tensor,
+    q: torch.Tensor,
     unfiltered: Mapping[int, torch.Tensor],
     generator: torch.Generator,
 ) -> Evidence:
-    """What `rule` sees of the drafted rows of its checks."""
-    rows = [row for _, c in mine for row in _rows(c)[:-1]]
+    """What `rule` sees of the D drafted rows of its checks.
+
+    agree [D] bool: the row's own token is the draft; weighed [D] bool: what counts are the probabilities p, q [D]
+    instead, which are 0 or 1 elsewhere.
+    """
+    rows = [row for _, c in mine for row in rows_of(c)[:-1]]
     tokens = torch.tensor([x for _, c in mine for x in c.drafts], device=z.device)
-    weighed = torch.tensor([c.weighs for _, c in mine for _ in c.drafts], device=z.device)
-    agree = torch.tensor([choice[row] for row in rows], device=z.device) == tokens
-    p, q = agree.float(), torch.ones(len(rows), device=z.device)
-    if bool(weighed.any()):
-        at = torch.tensor([place.get(row, 0) for row in rows], device=z.device)
-        p = torch.where(weighed, probs[at, tokens].nan_to_num(0.0), p)
-        q = torch.tensor(
-            [float(c.sequence.draft.probs[i][x]) if c.sequence.draft and c.sequence.draft.probs else 1.0
-             for _, c in mine for i, x in enumerate(c.drafts)],
-            device=z.device,
-        )  # fmt: skip
     spots = [places[row] for row in rows]
     u = coins(spots, generator, z.device)
     exact = torch.where(weighed, u * q < p, agree)

@@ -60,7 +60,12 @@ def gumbel(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 def key_tensor(keys: Sequence[int], device: torch.device) -> torch.Tensor:
     """[n, 2] int32 of 64-bit keys, low half first."""
-    return torch.tensor([[_signed(key), _signed(key >> 32)] for key in keys], dtype=torch.int32, device=device)
+    return torch.tensor([key_halves(key) for key in keys], dtype=torch.int32, device=device)
+
+
+def key_halves(key: int) -> tuple[int, int]:
+    """A 64-bit key as two signed 32-bit numbers, the low half first."""
+    return _signed(key), _signed(key >> 32)
 
 
 def _signed(value: int) -> int:
