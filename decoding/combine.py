@@ -1,22 +1,25 @@
 """Rows of several models as one: log-probs, and weighted sums with gates, in fp32.
 
-Two implementations of one interface: `TorchRows` is the specification and serves everywhere; `KernelRows` reads each
-row where the forward left it and writes nothing but the sum.
+Three implementations of one interface: `TorchRows` is the specification and serves everywhere; `KernelRows`, on CPUs,
+and `DeviceRows`, on GPUs, read each row where the forward left it and write nothing but the sum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from decoding.host_build import load_kernels
 from decoding.truncate import kernel_edges, top_p_mask
 
+if TYPE_CHECKING:
+    from decoding.device_mix import DeviceRows
+
 Track = tuple[torch.Tensor, list[int]]  # logits [R, V] of a model's forward, and which n of its rows
-_OUTSIDE = {"base": 0, "of": 1, "drop": 2}  # as host_mix.cpp numbers them
+OUTSIDE = {"base": 0, "of": 1, "drop": 2}  # as host_mix.cpp numbers them
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,7 @@ class TorchRows:
         total = torch.zeros_like(self._rows[0])  # [n, width]
         closed: torch.Tensor | None = None  # [n, width] bool
         before: Gating | None = None
-        for j in _gates_together(gatings):
+        for j in gates_together(gatings):
             gating, row, column = gatings[j], self._rows[tracks[j]], weights[:, j : j + 1]
             if gating is not None and gating != before:
                 before, of = gating, self._rows[gating.of]
@@ -98,7 +101,7 @@ class KernelRows:
 
     def mix(self, tracks: Sequence[int], weights: torch.Tensor, gatings: Sequence[Gating | None]) -> torch.Tensor:
         """See `TorchRows.mix`."""
-        order = _gates_together(gatings)
+        order = gates_together(gatings)
         gates = list(dict.fromkeys(gating for j in order if (gating := gatings[j]) is not None))
         n = self._index.shape[1]
         least, last = torch.empty(len(gates), n), torch.empty(len(gates), n, dtype=torch.int64)
@@ -114,13 +117,24 @@ class KernelRows:
             [tracks[j] for j in order],
             [-1 if (gating := gatings[j]) is None else gates.index(gating) for j in order],
             [gate.of for gate in gates],
-            [_OUTSIDE[gate.outside] for gate in gates],
+            [OUTSIDE[gate.outside] for gate in gates],
             least,
             last,
         )
 
 
-def _gates_together(gatings: Sequence[Gating | None]) -> list[int]:
+def rows_together(
+    tracks: Sequence[Track], width: int, logprobs: bool, kernel: bool | None
+) -> TorchRows | KernelRows | DeviceRows:
+    """By the code that applies; kernel: see `decoding.mix.mix`."""
+    if kernel is not None:
+        from decoding.device_mix import DeviceRows  # needs triton
+
+        return DeviceRows(tracks, width, logprobs, kernel)
+    return KernelRows.of(tracks, width, logprobs) or TorchRows(tracks, width, logprobs)
+
+
+def gates_together(gatings: Sequence[Gating | None]) -> list[int]:
     """The terms in the order in which they are summed: ungated ones, then gate by gate, as the gates first appear."""
     first = list(dict.fromkeys([None, *gatings]))
     return sorted(range(len(gatings)), key=lambda j: first.index(gatings[j]))

@@ -365,10 +365,17 @@ class EngineConfig:
     `compile_from`: a model with fewer parameters is not compiled and starts at once, for half a millisecond a tick.
     `adapters`: some may be loaded while it serves, which `warm_up` then prepares for. `max_scored_tokens`: of scorers'
     texts in a tick in which hypotheses wait for their next token (in units of the dearest model's tokens).
+
+    `kernels`: what mixes and samples: "triton", "reference" (the kernels' specifications), "host", by default "triton"
+    on CUDA and "host" elsewhere. `side_streams`: on CUDA, the models of a tick run beside each other.
+    `batch_invariant`: forwards of one fixed shape, so that a row's logits do not depend on what else is in the batch.
     """
 
     kv_memory: int | None = None
     block_size: int = 16
+    kernels: Literal["auto", "host", "triton", "reference"] = "auto"
+    side_streams: bool = True
+    batch_invariant: bool = False
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 1024
     max_logit_rows: int = 512

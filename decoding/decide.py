@@ -35,7 +35,10 @@ class Decision:
 
 
 class Decider:
-    """`text_of` gives a model's text side, for solvers that look at words; `judges` the judge heads by model."""
+    """`text_of` gives a model's text side, for solvers that look at words; `judges` the judge heads by model.
+
+    kernel: see `decoding.mix.mix`.
+    """
 
     def __init__(
         self,
@@ -43,13 +46,15 @@ class Decider:
         generator: torch.Generator,
         text_of: Callable[[str], TextModel],
         judges: Mapping[str, JudgeHead],
+        kernel: bool | None = None,
     ) -> None:
+        self._kernel = kernel
         self._device, self._generator, self._text_of, self._judges = device, generator, text_of, judges
         self._word_starts: dict[tuple[str, int], torch.Tensor] = {}
 
     def decide(self, samples: Seq[Sample], rows: Mapping[str, Rows]) -> Decision:
         """Everything that the samples' rows decide. Changes nothing: a batch that failed may be tried again."""
-        mixed = mix(samples, rows, self._allowed, self._starts)
+        mixed = mix(samples, rows, self._allowed, self._starts, self._kernel)
         decision = Decision(scored=_score_prompts(samples, mixed.z))
         _tell(samples, mixed.z, decision)
         due: list[Sample] = []
@@ -70,13 +75,21 @@ class Decider:
         for sample in due:
             checks.append(Check(sample.sequence, start, self._scores(sample, rows)))
             start += sample.drafts + 1
-        found = verify(z, checks, self._generator)
+        found = self._verify(z, checks)
         decision.tokens = {sample.sequence: drawn for sample, drawn in zip(due, found, strict=True)}
+        weights = mixed.weights()
         for sample, drawn, first in zip(due, found, firsts, strict=True):
-            if first in mixed.weights:
-                decision.weights[sample.sequence] = [mixed.weights[first + i] for i in range(len(drawn))]
+            if first in weights:
+                decision.weights[sample.sequence] = [weights[first + i] for i in range(len(drawn))]
         _trace(due, decision, rows)
         return decision
+
+    def _verify(self, z: torch.Tensor, checks: Seq[Check]) -> list[list[Drawn]]:
+        if self._kernel is None:
+            return verify(z, checks, self._generator)
+        from decoding.device_verify import verify_on_device  # needs triton
+
+        return verify_on_device(z, checks, self._generator, self._kernel)
 
     def forget(self, model: str) -> None:
         """The text side of `model` has changed."""

@@ -12,14 +12,14 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
+from triton_kernels.cutoffs import Cutoffs, cutoffs
+from triton_kernels.sample_verify import chosen_probs, draw, top_logprobs, verify
 
 from decoding.accept import Check, evidence, rows_of, unfiltered_rows
 from decoding.events import TokenLogprob
 from decoding.noise import Lane, key_halves
 from decoding.rules import RULES
 from decoding.sampling import Drawn, Position, process, processes, reported
-from triton_kernels.cutoffs import Cutoffs, cutoffs
-from triton_kernels.sample_verify import chosen_probs, draw, top_logprobs, verify
 
 Tensor = torch.Tensor
 _NO_K = (1 << 31) - 1
@@ -74,9 +74,7 @@ def verify_on_device(
     for row in touched:
         process(z[row], places[row])
     every = torch.arange(len(z), dtype=torch.int32, device=z.device)
-    cuts = cutoffs(
-        z, every, z.shape[1], params.temperature, params.top_k, params.top_p, params.min_p, kernel=kernel
-    )
+    cuts = cutoffs(z, every, z.shape[1], params.temperature, params.top_k, params.top_p, params.min_p, kernel=kernel)
     weighed = {row for c in checks if c.weighs for row in rows_of(c)}
     own = [row for row in range(len(z)) if row not in weighed]
     choice = torch.full((len(z),), -1, dtype=torch.int32, device=z.device)
@@ -131,7 +129,9 @@ def _decide(
         found = evidence(rule, mine, z, places, agree, held, p, drawn_from, unfiltered, generator)
         accepted[rows] = rule.accept(found) & allowed
         exact[rows] = (found.exact & allowed).int()
-    bonus = torch.tensor([c.sequence.draft is None or c.sequence.draft.bonus or not c.drafts for c in checks]).to(device)
+    bonus = torch.tensor([c.sequence.draft is None or c.sequence.draft.bonus or not c.drafts for c in checks]).to(
+        device
+    )
     length, row = verify(accepted, begins, bonus, kernel=kernel)
     ends = row.clamp_min(0).long()
     final = choice[ends]
@@ -207,7 +207,10 @@ class _LogProbs:
         """By row: the chosen token's log-prob, and the best tokens with theirs."""
         found: dict[int, tuple[float, list[tuple[int, float]]]] = {}
         at = 0
-        groups = [[row for row in self._order if row not in self._apart], [row for row in self._order if row in self._apart]]
+        groups = [
+            [row for row in self._order if row not in self._apart],
+            [row for row in self._order if row in self._apart],
+        ]
         for rows, k in zip([rows for rows in groups if rows], self._k, strict=True):
             m = len(rows)
             chosen = numbers[at : at + m].tolist()

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -118,7 +119,9 @@ class Engine:
         self._forwards = Forwards(self.runners, self.scheduler, self._clock, self._fail)
         self._proposer = Proposer(self._forwards.run, generator, self._clock, self._pace)
         self.judges, self.remotes = dict(judges or {}), dict(remotes or {})
-        self._decider = Decider(self._device, generator, lambda id: self.hosted[id].text, self.judges)
+        self._decider = Decider(
+            self._device, generator, lambda id: self.hosted[id].text, self.judges, _kernel(self.config, self._device)
+        )
         self._host = Host(
             self.hosted, self.runners, self.scheduler, self.judges, self.catalog, self._make_scorer, self._serials
         )
@@ -462,6 +465,13 @@ class Engine:
             None if adapter is None else adapter.of,
             self.hosted[id].kind,
         )
+
+
+def _kernel(config: EngineConfig, device: torch.device) -> bool | None:
+    """What mixes and samples, as `decoding.mix.mix` takes it."""
+    if config.kernels == "auto":
+        return True if device.type == "cuda" and find_spec("triton") is not None else None
+    return {"host": None, "triton": True, "reference": False}[config.kernels]
 
 
 def scorer_model(id: str, held: Hosted) -> ScorerModel:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from decoding.combine import Gating, KernelRows, TorchRows
+from decoding.combine import Gating, rows_together
 from decoding.core import Policy, Solver
 from decoding.hosting import Rows
 from decoding.state import Sample
@@ -25,17 +25,23 @@ Starts = Callable[[str, int], torch.Tensor]  # (text model, width) -> [W] bool, 
 
 @dataclass(slots=True)
 class Mixed:
-    """z: [S, W] fp32 mixed logits of all samples' rows. `weights`: what a solver chose, by row (J floats)."""
+    """z: [S, W] fp32 mixed logits of all samples' rows. solved: what solvers chose, [n, J] with the rows of z."""
 
     z: torch.Tensor
-    weights: dict[int, list[float]]
+    solved: list[tuple[list[int], torch.Tensor]]
+
+    def weights(self) -> dict[int, list[float]]:
+        """What a solver chose, by row: J floats. Waits for the device."""
+        return {row: chosen for rows, w in self.solved for row, chosen in zip(rows, w.tolist(), strict=True)}
 
 
-def mix(samples: Sequence[Sample], rows: Mapping[str, Rows], allowed: Allowed, starts: Starts) -> Mixed:
+def mix(
+    samples: Sequence[Sample], rows: Mapping[str, Rows], allowed: Allowed, starts: Starts, kernel: bool | None = None
+) -> Mixed:
     """The mixed logits of all samples' rows, in order; W is the widest mix, narrower ones are padded with -inf.
 
     Samples with the same models and the same shape of policy are computed together, whatever their weights and
-    strategies.
+    strategies. kernel: True for the kernels of `triton_kernels`, False for their specifications, None for the host's.
     """
     total = sum(sample.count for sample in samples)
     groups: dict[object, list[tuple[int, Sample]]] = {}
@@ -44,15 +50,15 @@ def mix(samples: Sequence[Sample], rows: Mapping[str, Rows], allowed: Allowed, s
         groups.setdefault(_shape(sample), []).append((start, sample))
         start += sample.count
     if len(groups) == 1:
-        return _mix_group(next(iter(groups.values())), rows, allowed, starts)
+        return _mix_group(next(iter(groups.values())), rows, allowed, starts, kernel)
     widest = max(sample.sequence.group.width for sample in samples)
     device = next(iter(rows.values())).logits.device
-    mixed = Mixed(torch.full((total, widest), -torch.inf, device=device), {})
+    mixed = Mixed(torch.full((total, widest), -torch.inf, device=device), [])
     for members in groups.values():
         index = [at + i for at, sample in members for i in range(sample.count)]
-        part = _mix_group(members, rows, allowed, starts)
+        part = _mix_group(members, rows, allowed, starts, kernel)
         mixed.z[torch.tensor(index, device=device), : part.z.shape[1]] = part.z
-        mixed.weights |= part.weights
+        mixed.solved += part.solved
     return mixed
 
 
@@ -67,7 +73,11 @@ def _shape(sample: Sample) -> object:
 
 
 def _mix_group(
-    members: Sequence[tuple[int, Sample]], rows: Mapping[str, Rows], allowed: Allowed, starts: Starts
+    members: Sequence[tuple[int, Sample]],
+    rows: Mapping[str, Rows],
+    allowed: Allowed,
+    starts: Starts,
+    kernel: bool | None,
 ) -> Mixed:
     samples = [sample for _, sample in members]
     group = samples[0].sequence.group
@@ -75,13 +85,12 @@ def _mix_group(
     policy, of = policies[0], group.term_tracks  # terms of one model and prompt share a track
     tracks = [(rows[track.model].logits, _offsets(j, samples)) for j, track in enumerate(samples[0].sequence.tracks)]
     logprobs = bool(policy.logprobs or policy.solver or any(term.gate for term in policy.terms))
-    source = KernelRows.of(tracks, group.width, logprobs) or TorchRows(tracks, group.width, logprobs)
-    chosen: dict[int, list[float]] = {}
+    source = rows_together(tracks, group.width, logprobs, kernel)
+    solved: list[tuple[list[int], torch.Tensor]] = []
     if policy.solver:
         terms = [source.rows(t) for t in of]
         weights = _solve(policy.solver, terms, samples, starts(group.request.text_model, group.width))
-        index = [at + i for at, sample in members for i in range(sample.count)]
-        chosen = dict(zip(index, weights.tolist(), strict=True))
+        solved = [([at + i for at, sample in members for i in range(sample.count)], weights)]
     else:
         values = [[term.weight for term in each.terms] for each in policies]
         weights = torch.tensor(values, device=tracks[0][0].device)  # [n, J]
@@ -91,7 +100,7 @@ def _mix_group(
         reference = source.rows(names[policy.plausibility.of])
         ratios = [each.plausibility.ratio for each in policies if each.plausibility]
         z = _mask_implausible(z, reference, ratios, samples, allowed)
-    return Mixed(z, chosen)
+    return Mixed(z, solved)
 
 
 def _solve(
