@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from triton_kernels.cutoffs import cutoffs
 from triton_kernels.rms_norm import rms_norm
 
 
@@ -77,7 +78,13 @@ def _rms_norm() -> None:
         rms_norm(x, weight, 1e-6, x, 1.0, kernel=True)
 
 
-CASES: dict[str, Callable[[], None]] = {"rms_norm": _rms_norm}
+def _cutoffs() -> None:
+    for dtype, rows in ((torch.float32, torch.int32), (torch.bfloat16, torch.int64)):
+        limits = (torch.ones(2), torch.ones(2, dtype=torch.int32), torch.ones(2), torch.ones(2))
+        cutoffs(torch.zeros(2, 4096, dtype=dtype), torch.zeros(2, dtype=rows), 4096, *limits, kernel=True)
+
+
+CASES: dict[str, Callable[[], None]] = {"cutoffs": _cutoffs, "rms_norm": _rms_norm}
 
 
 def main() -> None:
