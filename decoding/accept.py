@@ -182,8 +182,8 @@ def _verdicts(
 ) -> tuple[list[bool], list[bool]]:
     """For each drafted row of `mine`: whether the draft is accepted, and whether the exact rule accepts it."""
     if rule.lossless and not any(c.weighs for _, c in mine):
-        agree = [alive[row] and choice[row] == x for _, c in mine for row, x in zip(rows_of(c), c.drafts)]
-        return agree, agree
+        same = [alive[row] and choice[row] == x for _, c in mine for row, x in zip(rows_of(c), c.drafts)]
+        return same, same
     tokens = torch.tensor([x for _, c in mine for x in c.drafts], device=z.device)
     weighed = torch.tensor([c.weighs for _, c in mine for _ in c.drafts], device=z.device)
     agree = torch.tensor([choice[row] for _, c in mine for row in rows_of(c)[:-1]], device=z.device) == tokens

@@ -12,14 +12,17 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
-from triton_kernels.cutoffs import Cutoffs, cutoffs
-from triton_kernels.sample_verify import chosen_probs, draw, top_logprobs, verify
 
 from decoding.accept import Check, evidence, rows_of, unfiltered_rows
 from decoding.events import TokenLogprob
 from decoding.noise import Lane, key_halves
 from decoding.rules import RULES
 from decoding.sampling import Drawn, Position, process, processes, reported
+from triton_kernels.cutoffs import Cutoffs, cutoffs
+from triton_kernels.draw import Residual, draw
+from triton_kernels.row_stats import row_stats
+from triton_kernels.sample_verify import verify
+from triton_kernels.top_logprobs import MOST, top_logprobs
 
 Tensor = torch.Tensor
 _NO_K = (1 << 31) - 1
@@ -27,36 +30,41 @@ _NO_K = (1 << 31) - 1
 
 @dataclass(slots=True)
 class _Params:
-    """How n rows are drawn from: temperature, top_p, min_p [n] fp32, top_k [n] int32, keys of two lanes [n, 2] int32."""
+    """How n rows are drawn from, and what was drafted: two copies to the device, whatever the batch.
+
+    temperature, top_p, min_p [n] fp32; top_k [n] int32; keys [n, 2] int32; drafts [n] int32, -1 for none; removed [n]
+    int32: drafts without a distribution of their own, which a refused row leaves out.
+    """
 
     temperature: Tensor
     top_p: Tensor
     min_p: Tensor
     top_k: Tensor
-    token_keys: Tensor
-    residual_keys: Tensor
+    keys: Tensor
+    drafts: Tensor
+    removed: Tensor
 
     @classmethod
-    def of(cls, places: Seq[Position], generator: torch.Generator, device: torch.device) -> _Params:
-        """Two copies to the device, whatever the batch."""
+    def of(cls, places: Seq[Position], checks: Seq[Check], generator: torch.Generator, device: torch.device) -> _Params:
+        """Refused rows of weighed drafts draw on a lane of their own."""
         drawn = [at.sampling for at in places]
         real = torch.tensor([[p.temperature, p.top_p, p.min_p] for p in drawn], dtype=torch.float32).to(device)
-        seeded = [at.sequence.group.seed is not None for at in places]
-        whole = torch.tensor(
-            [
-                [min(p.top_k, _NO_K), known, *_halves(at, Lane.TOKEN, known), *_halves(at, Lane.RESIDUAL, known)]
-                for at, p, known in zip(places, drawn, seeded, strict=True)
-            ],
-            dtype=torch.int32,
-        ).to(device)
-        keys = whole[:, 2:]
-        if not all(seeded):
+        whole = []
+        for c in checks:
+            draft = c.sequence.draft
+            one_hot = c.weighs and c.rule.residual and draft is not None and not draft.probs
+            for i, x in enumerate((*c.drafts, -1)):
+                lane = Lane.RESIDUAL if c.weighs and x >= 0 else Lane.TOKEN
+                at, seeded = places[c.start + i], c.sequence.group.seed is not None
+                own = key_halves(at.key(lane)) if seeded else (0, 0)
+                whole.append([min(at.sampling.top_k, _NO_K), x, x if one_hot else -1, seeded, *own])
+        top_k, drafts, removed, seeds, *halves = torch.tensor(whole, dtype=torch.int32).T.contiguous().to(device)
+        keys = torch.stack(halves, 1)
+        if not all(row[3] for row in whole):
             fresh = torch.randint(-(1 << 31), 1 << 31, keys.shape, generator=generator, device=device)
-            keys = torch.where(whole[:, 1:2] > 0, keys, fresh.int())
+            keys = torch.where(seeds[:, None] > 0, keys, fresh.int())
         temperature, top_p, min_p = (column.contiguous() for column in real.unbind(1))
-        return cls(
-            temperature, top_p, min_p, whole[:, 0].contiguous(), keys[:, :2].contiguous(), keys[:, 2:].contiguous()
-        )
+        return cls(temperature, top_p, min_p, top_k, keys, drafts, removed)
 
 
 def verify_on_device(
@@ -65,7 +73,7 @@ def verify_on_device(
     """See `accept.verify`. kernel: as the wrappers of `triton_kernels` take it; False runs their references."""
     places = [Position(c.sequence, c.drafts[:i]) for c in checks for i in range(len(c.drafts) + 1)]
     assert len(places) == len(z), "one row per position"
-    params = _Params.of(places, generator, z.device)
+    params = _Params.of(places, checks, generator, z.device)
     touched = [row for row, at in enumerate(places) if processes(at)]
     report = {row: k for row, at in enumerate(places) if (k := reported(at.sequence)) is not None}
     before = [row for row in touched if row in report]
@@ -74,21 +82,24 @@ def verify_on_device(
     for row in touched:
         process(z[row], places[row])
     every = torch.arange(len(z), dtype=torch.int32, device=z.device)
-    cuts = cutoffs(z, every, z.shape[1], params.temperature, params.top_k, params.top_p, params.min_p, kernel=kernel)
+    limits = (params.temperature, params.top_k, params.top_p, params.min_p)
+    cut = cutoffs(z, every, z.shape[1], *limits, params.drafts, kernel=kernel)
     weighed = {row for c in checks if c.weighs for row in rows_of(c)}
     own = [row for row in range(len(z)) if row not in weighed]
     choice = torch.full((len(z),), -1, dtype=torch.int32, device=z.device)
-    if own:
-        at = every if len(own) == len(z) else _ids(own, z.device).int()
-        tokens = draw(z, at, params.temperature, cuts, params.token_keys[at.long()], kernel=kernel)
-        choice = tokens if len(own) == len(z) else choice.index_copy(0, at.long(), tokens)
+    if len(own) == len(z):
+        choice = draw(z, params.temperature, cut, params.keys, kernel=kernel)
+    elif own:
+        at = _ids(own, z.device)
+        choice[at] = draw(z, params.temperature, cut, params.keys, at.int(), kernel=kernel)
     if any(c.drafts for c in checks):
-        length, final, exact = _decide(z, checks, places, choice, params, cuts, unfiltered, generator, kernel)
+        length, final, exact = _decide(z, checks, places, choice, params, cut, unfiltered, generator, kernel)
     else:
         length, final, exact = torch.zeros_like(choice), choice, choice[:0]
     told = _LogProbs(z, saved, before, report, checks, length, final, kernel)
     found, labels, numbers = _down(torch.stack([length, final]), exact, told.packed)
-    return _drawn(checks, found.tolist(), labels.tolist(), told.entries(numbers))
+    lengths, finals = found.tolist()
+    return _drawn(checks, lengths, finals, labels.tolist(), told.entries(numbers))
 
 
 def _decide(
@@ -97,63 +108,48 @@ def _decide(
     places: Seq[Position],
     choice: Tensor,
     params: _Params,
-    cuts: Cutoffs,
+    cut: Cutoffs,
     unfiltered: Mapping[int, Tensor],
     generator: torch.Generator,
     kernel: bool | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(accepted drafts [S], the token that follows them [S], -1 for none, whether the exact rule accepts [n]), int32."""
-    device = z.device
-    drafts = torch.tensor([x for c in checks for x in (*c.drafts, -1)], dtype=torch.int32).to(device)  # [n]
-    begins = torch.tensor([*(c.start for c in checks), len(z)], dtype=torch.int32).to(device)
+    """(accepted drafts [S], the token after them [S] or -1, whether the exact rule accepts [n]), int32."""
+    device, drafts = z.device, params.drafts
     q, q_row = _drafted_from(z, checks)
     accepted = torch.zeros(len(z), dtype=torch.bool, device=device)
     exact = torch.zeros(len(z), dtype=torch.int32, device=device)
+    allowed = z.gather(1, drafts.clamp_min(0).long()[:, None])[:, 0] > -torch.inf
+    assert cut.prob is not None
     for name, rule in RULES.items():
         mine = [(i, c) for i, c in enumerate(checks) if c.drafts and c.rule.name == name]
         if not mine:
             continue
         rows = _ids([row for _, c in mine for row in rows_of(c)[:-1]], device)
         asked = drafts[rows]
-        agree = choice[rows] == asked
-        allowed = z.gather(1, drafts.clamp_min(0).long()[:, None])[rows, 0] > -torch.inf
-        if rule.lossless and not any(c.weighs for _, c in mine):
-            accepted[rows] = agree & allowed
-            exact[rows] = (agree & allowed).int()
-            continue
-        held = torch.tensor([c.weighs for _, c in mine for _ in c.drafts]).to(device)
-        chance = chosen_probs(z, rows.int(), asked, params.temperature, cuts, kernel=kernel)
-        p = torch.where(held, chance, agree.float())
-        at = q_row[rows].long()
-        drawn_from = torch.where(at >= 0, q[at.clamp_min(0), asked.clamp(0, q.shape[1] - 1).long()], 1.0)
-        found = evidence(rule, mine, z, places, agree, held, p, drawn_from, unfiltered, generator)
-        accepted[rows] = rule.accept(found) & allowed
-        exact[rows] = (found.exact & allowed).int()
-    bonus = torch.tensor([c.sequence.draft is None or c.sequence.draft.bonus or not c.drafts for c in checks]).to(
-        device
-    )
-    length, row = verify(accepted, begins, bonus, kernel=kernel)
-    ends = row.clamp_min(0).long()
-    final = choice[ends]
+        passes = own = choice[rows] == asked
+        if not rule.lossless or any(c.weighs for _, c in mine):
+            weighed = torch.tensor([c.weighs for _, c in mine for _ in c.drafts]).to(device)
+            p = torch.where(weighed, cut.prob[rows], own.float())
+            at = q_row[rows].long()
+            drawn_from = torch.where(at >= 0, q[at.clamp_min(0), asked.long()], 1.0)
+            found = evidence(rule, mine, z, places, own, weighed, p, drawn_from, unfiltered, generator)
+            passes, own = rule.accept(found), found.exact
+        accepted[rows] = passes & allowed[rows]
+        exact[rows] = (own & allowed[rows]).int()
+    begins = torch.tensor([*(c.start for c in checks), len(z)], dtype=torch.int32).to(device)
+    bonus = torch.tensor([not c.drafts or c.sequence.draft is None or c.sequence.draft.bonus for c in checks])
+    length, row = verify(accepted, begins, bonus.to(device), kernel=kernel)
+    final = torch.where(row < 0, -1, choice[row.clamp_min(0).long()])
     closing = [i for i, c in enumerate(checks) if c.weighs]
     if closing:
         at = _ids(closing, device)
-        rows = ends[at]
-        counts = torch.tensor([len(checks[i].drafts) for i in closing]).to(device)
-        whole = length[at] == counts
-        plain = whole | torch.tensor([not checks[i].rule.residual for i in closing]).to(device)
-        keys = torch.where(whole[:, None], params.token_keys[rows], params.residual_keys[rows])
-        dense = torch.where(plain, -1, q_row[rows])
-        one = torch.where(plain | (dense >= 0), -1, drafts[rows])
-        tokens = draw(
-            z, rows.int(), params.temperature, cuts, keys, q=q, q_row=dense.int(), one_hot=one.int(), kernel=kernel
-        )
-        final = final.index_copy(0, at, tokens)
-    return length, torch.where(row < 0, -1, final), exact
+        left = Residual(q, q_row, params.removed)
+        final[at] = draw(z, params.temperature, cut, params.keys, row[at], left, kernel=kernel)
+    return length, final, exact
 
 
 def _drafted_from(z: Tensor, checks: Seq[Check]) -> tuple[Tensor, Tensor]:
-    """Drafters' distributions [D, W], and which of them each row's draft was drawn from: [n] int32, -1 for none."""
+    """Drafters' distributions [D, W], and which of them a refused row leaves out: [n] int32, -1 for none."""
     made: list[Tensor] = []
     place = [-1] * len(z)
     for c in checks:
@@ -181,57 +177,48 @@ class _LogProbs:
         kernel: bool | None,
     ) -> None:
         """z [n, W] with rows `before` as they are in `saved`; report: how many of the best tokens, by row."""
-        self._k = list[int]()
-        self._order = list[int]()
+        self._groups: list[tuple[list[int], list[int]]] = []  # rows, and how many of the best are told of each
         parts: list[Tensor] = []
-        spot = {c.start + i: (s, i) for s, c in enumerate(checks) for i in range(len(c.drafts) + 1)}
-        drafts = {c.start + i: x for c in checks for i, x in enumerate((*c.drafts, 0))}
+        spot = {c.start + i: (s, i, x) for s, c in enumerate(checks) for i, x in enumerate((*c.drafts, 0))}
         apart = set(before)
         for source, rows in ((z, [row for row in report if row not in apart]), (saved, list(before))):
             if not rows:
                 continue
-            device = z.device
-            k = min(max(report[row] for row in rows), z.shape[1])
-            where, drafted = torch.tensor([[*spot[row], drafts[row]] for row in rows]).to(device).split((2, 1), 1)
-            ahead = where[:, 1] < length[where[:, 0]]
-            tokens = torch.where(ahead, drafted[:, 0], final[where[:, 0]].clamp_min(0)).int()
-            index = torch.arange(len(rows)) if source is saved else torch.tensor(rows)
-            chosen, values, ids = top_logprobs(source, index.int().to(device), tokens, k, kernel=kernel)
-            parts += [chosen, values.flatten(), ids.int().flatten().view(torch.float32)]
-            self._order += rows
-            self._k += [k]
-        self._report, self._apart = report, apart
+            wanted = [min(report[row], z.shape[1]) for row in rows]
+            at = list(range(len(rows))) if source is saved else rows
+            told = torch.tensor([[*spot[row], i] for row, i in zip(rows, at, strict=True)]).T.contiguous().to(z.device)
+            which, place, drafted, index = told
+            tokens = torch.where(place < length[which], drafted, final[which].clamp_min(0))
+            _, lse = row_stats(source, index, z.shape[1], kernel=kernel)
+            run = kernel if max(wanted) <= MOST else False
+            best = top_logprobs(source, index, z.shape[1], lse, tokens, max(wanted), kernel=run)
+            parts += [best.chosen, best.values.flatten(), best.ids.flatten().view(torch.float32)]
+            self._groups.append((rows, wanted))
         self.packed = torch.cat(parts) if parts else torch.empty(0, device=z.device)
 
     def entries(self, numbers: Tensor) -> dict[int, tuple[float, list[tuple[int, float]]]]:
         """By row: the chosen token's log-prob, and the best tokens with theirs."""
         found: dict[int, tuple[float, list[tuple[int, float]]]] = {}
-        at = 0
-        groups = [
-            [row for row in self._order if row not in self._apart],
-            [row for row in self._order if row in self._apart],
-        ]
-        for rows, k in zip([rows for rows in groups if rows], self._k, strict=True):
-            m = len(rows)
-            chosen = numbers[at : at + m].tolist()
-            values = numbers[at + m : at + m + m * k].view(m, k).tolist()
-            ids = numbers[at + m + m * k : at + m + 2 * m * k].view(torch.int32).view(m, k).tolist()
-            at += m + 2 * m * k
-            for row, own, v, i in zip(rows, chosen, values, ids, strict=True):
-                wanted = min(self._report[row], k)
-                found[row] = (own, list(zip(i[:wanted], v[:wanted])))
+        for rows, wanted in self._groups:
+            m, k = len(rows), max(wanted)
+            sizes = [m, m * k, m * k, len(numbers) - m - 2 * m * k]
+            chosen, values, ids, numbers = torch.split(numbers, sizes)
+            best = zip(ids.view(torch.int32).view(m, k).tolist(), values.view(m, k).tolist(), strict=True)
+            for row, own, count, (i, v) in zip(rows, chosen.tolist(), wanted, best, strict=True):
+                found[row] = (own, list(zip(i[:count], v[:count])))
         return found
 
 
 def _drawn(
     checks: Seq[Check],
-    found: tuple[Seq[int], Seq[int]],
+    lengths: Seq[int],
+    finals: Seq[int],
     exact: Seq[int],
     told: Mapping[int, tuple[float, list[tuple[int, float]]]],
 ) -> list[list[Drawn]]:
     out = []
     for s, c in enumerate(checks):
-        count, last = found[0][s], found[1][s]
+        count, last = lengths[s], finals[s]
         name = c.rule.name
         label = name if c.rule.lossless else "rejection"
         drawn = [
@@ -249,10 +236,6 @@ def _drawn(
 
 def _ids(rows: Seq[int], device: torch.device) -> Tensor:
     return torch.tensor(list(rows), dtype=torch.int64).to(device)
-
-
-def _halves(at: Position, lane: Lane, seeded: bool) -> tuple[int, int]:
-    return key_halves(at.key(lane)) if seeded else (0, 0)
 
 
 def _down(*tensors: Tensor) -> list[Tensor]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from decoding.combine import Gating, rows_together
+from decoding.combine import Gating, KernelRows, TorchRows, rows_together
 from decoding.core import Policy, Solver
 from decoding.hosting import Rows
 from decoding.state import Sample
@@ -95,11 +95,16 @@ def _mix_group(
         values = [[term.weight for term in each.terms] for each in policies]
         weights = torch.tensor(values, device=tracks[0][0].device)  # [n, J]
     names = {term.name: of[j] for j, term in enumerate(policy.terms)}
-    z = source.mix(of, weights, [_gating(policies, j, names) for j in range(len(of))])
-    if policy.plausibility:
-        reference = source.rows(names[policy.plausibility.of])
-        ratios = [each.plausibility.ratio for each in policies if each.plausibility]
-        z = _mask_implausible(z, reference, ratios, samples, allowed)
+    gatings = [_gating(policies, j, names) for j in range(len(of))]
+    if not policy.plausibility:
+        return Mixed(source.mix(of, weights, gatings), solved)
+    reference = names[policy.plausibility.of]
+    ratios = [each.plausibility.ratio for each in policies if each.plausibility]
+    masks = [allowed(sample, i) for sample in samples for i in range(sample.count)]
+    if isinstance(source, TorchRows | KernelRows):
+        z = _mask_implausible(source.mix(of, weights, gatings), source.rows(reference), ratios, masks)
+    else:
+        z = source.mix(of, weights, gatings, (reference, ratios), masks)
     return Mixed(z, solved)
 
 
@@ -141,18 +146,13 @@ def _mask_implausible(
     z: torch.Tensor,
     reference: torch.Tensor,
     ratios: Sequence[float],
-    samples: Sequence[Sample],
-    allowed: Allowed,
+    masks: Sequence[torch.Tensor | None],
 ) -> torch.Tensor:
     """z [n, W] with -inf where p_of < ratio x its maximum over allowed tokens; reference: [n, W]."""
     usable = z > -torch.inf  # [n, W]
-    row = 0
-    for sample in samples:
-        for i in range(sample.count):
-            mask = allowed(sample, i)
-            if mask is not None:
-                usable[row] &= mask[: z.shape[1]]
-            row += 1
+    for row, mask in zip(usable, masks, strict=True):
+        if mask is not None:
+            row &= mask[: z.shape[1]]
     best = torch.where(usable, reference, -torch.inf).amax(1)  # [n]
     logs = torch.tensor([math.log(ratio) if ratio > 0 else -math.inf for ratio in ratios], device=z.device)
     return cut_below(z, reference, best + logs)

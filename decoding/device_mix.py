@@ -1,0 +1,100 @@
+"""`combine.TorchRows` by the kernels of `triton_kernels`: rows are read where the forwards left them, nothing waits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from decoding.combine import OUTSIDE, Gating, Track
+from triton_kernels.cutoffs import cutoffs
+from triton_kernels.mix import Gates, mix
+from triton_kernels.row_stats import row_stats
+
+Tensor = torch.Tensor
+
+
+class DeviceRows:
+    """Rows of T tracks, cut to `width`; log-probs if `logprobs`, else logits. kernel: as `triton_kernels` takes it."""
+
+    def __init__(self, tracks: Sequence[Track], width: int, logprobs: bool, kernel: bool) -> None:
+        self._logits, self._width, self._kernel = [logits for logits, _ in tracks], width, kernel
+        self._index = torch.tensor([index for _, index in tracks], dtype=torch.int32).to(
+            self._logits[0].device
+        )  # [T, n]
+        self._shifts: Tensor | None = None
+        if logprobs:
+            stats = [row_stats(x, i, width, kernel=kernel)[1] for x, i in zip(self._logits, self._index, strict=True)]
+            self._shifts = torch.stack(stats)  # [T, n]
+        self._plain: dict[int, Tensor] = {}
+
+    def rows(self, t: int) -> Tensor:
+        """Track t's rows: [n, width] fp32, not to be written to. What is not finite is -inf."""
+        if t not in self._plain:
+            ones = torch.ones(self._index.shape[1], 1, device=self._index.device)
+            self._plain[t] = self.mix([t], ones, [None])
+        return self._plain[t]
+
+    def mix(
+        self,
+        tracks: Sequence[int],
+        weights: Tensor,
+        gatings: Sequence[Gating | None],
+        floor: tuple[int, Sequence[float]] | None = None,
+        masks: Sequence[Tensor | None] = (),
+    ) -> Tensor:
+        """See `TorchRows.mix`. floor: a track, and each row's least ratio to its best token.
+
+        masks: each row's allowed tokens [W] bool, None for all. The others are -inf in the sum.
+        """
+        logs, device = None, weights.device
+        if floor is not None:
+            ratios = [math.log(ratio) if ratio > 0 else -math.inf for ratio in floor[1]]
+            logs = (floor[0], torch.tensor(ratios, dtype=torch.float32).to(device))
+        known = [mask[: self._width] for mask in masks if mask is not None]
+        bits = mask_of = None
+        if known:
+            bits = _packed(torch.stack(known))
+            places = iter(range(len(known)))
+            own = [-1 if mask is None else next(places) for mask in masks]
+            mask_of = torch.tensor(own, dtype=torch.int32).to(device)
+        gates = list(dict.fromkeys(gating for gating in gatings if gating is not None))
+        cuts = [self._cut(gate) for gate in gates]
+        found = mix(
+            self._logits,
+            self._index,
+            self._width,
+            weights.float(),
+            tracks,
+            self._shifts,
+            [-1 if gating is None else gates.index(gating) for gating in gatings],
+            Gates(
+                [gate.of for gate in gates],
+                [OUTSIDE[gate.outside] for gate in gates],
+                torch.stack([least for least, _ in cuts]),
+                torch.stack([last for _, last in cuts]),
+            )
+            if gates
+            else None,
+            logs,
+            bits,
+            mask_of,
+            kernel=self._kernel,
+        )
+        return found.z
+
+    def _cut(self, gate: Gating) -> tuple[Tensor, Tensor]:
+        index = self._index[gate.of]
+        ones, none = torch.ones(len(index), device=index.device), torch.zeros_like(index)
+        top_p = torch.tensor(gate.top_p, dtype=torch.float32).to(index.device)
+        logits = self._logits[gate.of]
+        cut = cutoffs(logits, index, self._width, ones, none, top_p, torch.zeros_like(ones), kernel=self._kernel)
+        return cut.least, cut.last
+
+
+def _packed(masks: Tensor) -> Tensor:
+    """[M, W] bool to [M, ceil(W / 32)] int32, bit v % 32 of word v // 32 for id v."""
+    padded = torch.nn.functional.pad(masks, (0, -masks.shape[1] % 32)).view(len(masks), -1, 32)
+    powers = torch.ones(32, dtype=torch.int64, device=masks.device) << torch.arange(32, device=masks.device)
+    return (padded * powers).sum(2).to(torch.int32)
