@@ -25,7 +25,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from triton_kernels.paged_attention import paged_attention
 from triton_kernels.rms_norm import rms_norm
+from triton_kernels.store_kv import store_kv
 
 
 class _Driver:
@@ -77,7 +79,33 @@ def _rms_norm() -> None:
         rms_norm(x, weight, 1e-6, x, 1.0, kernel=True)
 
 
-CASES: dict[str, Callable[[], None]] = {"rms_norm": _rms_norm}
+def _store_kv() -> None:
+    for dtype, dim in ((torch.bfloat16, 128), (torch.float32, 256), (torch.bfloat16, 80)):
+        keys, values = torch.zeros(4, 2, dim, 16, dtype=dtype), torch.zeros(4, 2, 16, 64, dtype=dtype)
+        key, value = torch.zeros(2, 9, dim, dtype=dtype).transpose(0, 1), torch.zeros(9, 2, 64, dtype=dtype)
+        store_kv(key, value, keys, values, torch.zeros(9, dtype=torch.int64), kernel=True)
+
+
+def _paged_attention() -> None:
+    """Decode with parts and a long chunk without, of head dims that occur, with nothing and with all to honour."""
+    bf16, dims = torch.bfloat16, ((128, 128), (192, 128), (256, 256), (80, 80))
+    for dtype, k_dim, v_dim in (*((bf16, *each) for each in dims), (torch.float16, 64, 64), (torch.float32, 128, 128)):
+        keys, values = torch.zeros(4, 2, k_dim, 16, dtype=dtype), torch.zeros(4, 2, 16, v_dim, dtype=dtype)
+        tables, ends = torch.zeros(1, 64, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+        every = {"window": 500, "chunk": 700, "softcap": 30.0, "sinks": torch.zeros(8, dtype=dtype)}
+        for tokens, split, honoured in ((1, 512, every), (200, None, {})):
+            query, starts = (
+                torch.zeros(8, tokens, k_dim, dtype=dtype).transpose(0, 1),
+                torch.zeros(2, dtype=torch.int32),
+            )
+            paged_attention(query, keys, values, starts, ends, tables, scale=0.1, split=split, kernel=True, **honoured)
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "rms_norm": _rms_norm,
+    "store_kv": _store_kv,
+    "paged_attention": _paged_attention,
+}
 
 
 def main() -> None:
