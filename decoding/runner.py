@@ -6,12 +6,13 @@ strategies or scheduling: it computes the spans it is given.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
@@ -46,13 +47,14 @@ class Runner:
         max_model_len: int | None = None,
         *,
         compile: bool = True,
-        kernels: bool = True,
+        kernels: bool | Literal["triton"] = True,
         adapters: bool = False,
     ) -> None:
         """Takes ownership of `model`: its attention implementation becomes this runner's.
 
-        `compile` False makes `warm_up` do nothing, `kernels` False keeps to plain torch, `adapters` has `warm_up`
-        prepare for adapters that come later. Raises ModelLoadError when the model's attention cannot be hosted.
+        `compile` False makes `warm_up` do nothing, `kernels` False keeps to plain torch, "triton" has the GPU's kernels
+        interpreted where there is no GPU. `adapters` has `warm_up` prepare for adapters that come later. Raises
+        ModelLoadError when the model's attention cannot be hosted.
         """
         self.id = id
         self.model = model.eval().requires_grad_(False)
@@ -75,7 +77,8 @@ class Runner:
         self.layers: list[HostedLayer] = found.layers
         self.width, self.hidden_size = found.width, found.hidden_size
         suits = self.device.type == "cpu" and self.dtype in (torch.bfloat16, torch.float32)
-        self._kernels = kernels and suits and load_kernels()
+        self._kernels = kernels is True and suits and load_kernels()
+        self._triton = kernels == "triton" or (kernels and self.device.type == "cuda" and has_triton())
         if self._kernels:
             use_few_rows(model)
         self.loras = Loras(model, model.get_output_embeddings(), self._kernels)
@@ -212,7 +215,7 @@ class Runner:
                 layer.keys, layer.values = keys, values
 
     def _pack(self, spans: Sequence[SpanInput]) -> tuple[Batch, Chosen | None]:
-        batch = make_batch(spans, self.block_size, self.device, grouped=not self._kernels)
+        batch = make_batch(spans, self.block_size, self.device, grouped=not (self._kernels or self._triton))
         return batch, self.loras.choose(spans, self._like)
 
     def _compute(self, batch: Batch, chosen: Chosen | None) -> tuple[Tensor, Tensor]:
@@ -256,6 +259,10 @@ class Runner:
         if self._kernels:
             return attend_kernel(query, key, value, layer, batch, sinks), None
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, dim]
+        if self._triton:
+            from decoding.device_attention import attend_triton
+
+            return attend_triton(q, k, v, layer, batch, sinks)[None], None
         return attend_reference(q, k, v, layer, batch, sinks)[None], None
 
     def _measure_cost(self) -> float:
@@ -267,9 +274,16 @@ class Runner:
         for _ in range(3):
             start = time.perf_counter()
             self.forward([span])
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
             best = min(best, time.perf_counter() - start)
         self.release()
         return best / n
+
+
+def has_triton() -> bool:
+    """Whether the GPU's kernels can run: triton is not there on every platform."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def _free_name() -> str:

@@ -93,7 +93,7 @@ def _with_sink(m, total, acc, sinks_ptr, head, inside, HAS_SINKS: tl.constexpr):
     return acc / tl.where(total > 0.0, total, 1.0)[:, None]
 
 
-@triton.jit(do_not_specialize=["tracks", "table_stride", "tokens", "split"])
+@triton.jit(do_not_specialize=["starts_ptr", "ends_ptr", "tracks", "table_stride", "tokens", "split"])
 def _attention_kernel(
     query_ptr, keys_ptr, values_ptr, starts_ptr, ends_ptr, tables_ptr, sinks_ptr, out_ptr, top_ptr, total_ptr, acc_ptr,
     tracks, tokens, table_stride, query_token, query_head, keys_block, keys_head, values_block, values_head,
@@ -144,7 +144,7 @@ def _attention_kernel(
     q = tl.load(query_ptr + q_at, mask=inside[:, None] & (k_dim < K_DIM)[None, :], other=0.0)  # [BLOCK_M, dk]
     keys_ptr += kv_head.to(tl.int64) * keys_head
     values_ptr += kv_head.to(tl.int64) * values_head
-    table_ptr = tables_ptr + track.to(tl.int64) * table_stride
+    table_ptr = tables_ptr + tl.cast(track, tl.int64) * table_stride
     top = tl.full([BLOCK_M], NOTHING, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -258,8 +258,10 @@ def paged_attention(
             f"paged_attention: blocks of {size} keys must be a power of two, splits multiples of {BLOCK_N}"
         )
     if not on_kernel(query, kernel):
-        shape = {"scale": scale, "window": window, "chunk": chunk, "softcap": softcap, "sinks": sinks}
-        return paged_attention_reference(query, keys, values, starts, ends, tables, **shape)
+        return paged_attention_reference(
+            query, keys, values, starts, ends, tables,
+            scale=scale, window=window, chunk=chunk, softcap=softcap, sinks=sinks,
+        )  # fmt: skip
     for each in (keys, values, starts, ends):
         assert each.is_contiguous()
     query = query if query.stride(2) == 1 else query.contiguous()
@@ -278,7 +280,7 @@ def paged_attention(
     reach = tables.shape[1] * size
     if split is None:
         split = choose_split(tiles * kv_heads, reach, query.device)
-    parts = triton.cdiv(reach, split) if split else 1
+    parts = -(-reach // split) if split else 1
     spread = (parts, tokens, heads) if parts > 1 else (0,)
     top, total = query.new_empty(2, *spread, dtype=torch.float32)
     acc = query.new_empty(*spread, v_dim, dtype=torch.float32)
@@ -304,9 +306,9 @@ def choose_split(programs: int, reach: int, device: torch.device) -> int:
     wanted = min(MOST_PARTS, 2 * _processors(device) // programs)
     if wanted < 2 or reach <= LEAST_SPLIT:
         return 0
-    return triton.cdiv(max(LEAST_SPLIT, triton.cdiv(reach, wanted)), BLOCK_N) * BLOCK_N
+    return max(LEAST_SPLIT, -(-reach // (wanted * BLOCK_N)) * BLOCK_N)
 
 
 @cache
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 132
