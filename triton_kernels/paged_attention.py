@@ -28,10 +28,10 @@ import triton.language as tl
 from triton_kernels.dispatch import on_kernel, power_of_two
 
 Tensor = torch.Tensor
-SCAN = 128  # tracks looked at at once
+SCAN = 128  # tracks, or parts, looked at at once
 BLOCK_N = 64  # keys a step; splits begin at its multiples
 LEAST_SPLIT = 256
-MOST_PARTS = 64
+MOST_PROGRAMS = 4096  # with parts; most of them may have no keys to look at
 FEW_TOKENS = 64  # a batch with so many tokens more than tracks has a long span
 LOG2E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(-1e30)  # the running maximum before any key: finite, for infinities must not be subtracted
@@ -192,7 +192,8 @@ def _attention_kernel(
 @triton.jit(do_not_specialize=["rows", "parts"])
 def _join_kernel(
     top_ptr, total_ptr, acc_ptr, sinks_ptr, out_ptr, rows, parts,
-    HEADS: tl.constexpr, V_DIM: tl.constexpr, HAS_SINKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
+    HEADS: tl.constexpr, V_DIM: tl.constexpr, HAS_SINKS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # token * HEADS + head
     inside = row < rows
@@ -200,17 +201,25 @@ def _join_kernel(
     top = tl.full([BLOCK_R], NOTHING, tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
-    at = row
-    for _ in range(parts):
+    # First the parts that have keys: few of many, where a context is short or seen through a window.
+    low, high = parts, 0
+    for base in range(0, parts, SCAN):
+        part = base + tl.arange(0, SCAN)
+        there = (part < parts)[None, :] & inside[:, None]
+        some = tl.load(total_ptr + part[None, :].to(tl.int64) * rows + row[:, None], mask=there, other=0.0) > 0.0
+        low = tl.minimum(low, tl.min(tl.where(some, part[None, :], parts)))
+        high = tl.maximum(high, tl.max(tl.where(some, part[None, :] + 1, 0)))
+    at = row + tl.cast(low, tl.int64) * rows
+    for _ in range(low, high):
         m = tl.load(top_ptr + at, mask=inside, other=NOTHING)
-        part = tl.load(total_ptr + at, mask=inside, other=0.0)
-        there = (inside & (part > 0.0))[:, None] & (v_dim < V_DIM)[None, :]
-        a = tl.load(acc_ptr + at[:, None] * V_DIM + v_dim[None, :], mask=there, other=0.0)
+        share = tl.load(total_ptr + at, mask=inside, other=0.0)
+        there = (inside & (share > 0.0))[:, None] & (v_dim < V_DIM)[None, :]
+        part = tl.load(acc_ptr + at[:, None] * V_DIM + v_dim[None, :], mask=there, other=0.0)
         higher = tl.maximum(top, m)
-        shrink, share = tl.exp2(top - higher), tl.exp2(m - higher)
+        shrink, grown = tl.exp2(top - higher), tl.exp2(m - higher)
         top = higher
-        total = total * shrink + part * share
-        acc = acc * shrink[:, None] + a * share[:, None]
+        total = total * shrink + share * grown
+        acc = acc * shrink[:, None] + part * grown[:, None]
         at += rows
     y = _with_sink(top, total, acc, sinks_ptr, (row % HEADS).to(tl.int32), inside, HAS_SINKS)
     written = inside[:, None] & (v_dim < V_DIM)[None, :]
@@ -296,17 +305,17 @@ def paged_attention(
         rows, block_v = tokens * heads, power_of_two(v_dim)
         block_r = max(1, 256 // block_v)
         _join_kernel[(triton.cdiv(rows, block_r),)](
-            top, total, acc, sinks, out, rows, parts, heads, v_dim, sinks is not None, block_r, block_v, num_warps=2
-        )
+            top, total, acc, sinks, out, rows, parts, heads, v_dim, sinks is not None, block_r, block_v, SCAN,
+            num_warps=2,
+        )  # fmt: skip
     return out
 
 
 def choose_split(programs: int, reach: int, device: torch.device) -> int:
-    """Keys per part so that `programs` programs over `reach` keys become two a multiprocessor; 0 for one part."""
-    wanted = min(MOST_PARTS, 2 * _processors(device) // programs)
-    if wanted < 2 or reach <= LEAST_SPLIT:
+    """Keys per part where `programs` programs over up to `reach` keys each would leave processors idle, 0 elsewhere."""
+    if programs >= 2 * _processors(device) or reach <= LEAST_SPLIT:
         return 0
-    return max(LEAST_SPLIT, -(-reach // (wanted * BLOCK_N)) * BLOCK_N)
+    return max(LEAST_SPLIT, -(-reach * programs // (MOST_PROGRAMS * BLOCK_N)) * BLOCK_N)
 
 
 @cache
