@@ -13,8 +13,8 @@ device. It knows nothing about models, requests or compilation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 
@@ -54,6 +54,13 @@ class Batch:
     starts: Tensor | None = None
     ends: Tensor | None = None
     split: int | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`, without waiting for it."""
+        if self.slots.device == device:
+            return self
+        moved = {f.name: _moved(getattr(self, f.name), device) for f in fields(self)}
+        return Batch(**(moved | {"groups": tuple(Group(*(_moved(x, device) for x in group)) for group in self.groups)}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +132,20 @@ def make_batch(spans: Sequence[SpanInput], block_size: int, device: torch.device
     width = max(len(table) for table in tables)
     for table in tables:
         table.extend([0] * (width - len(table)))
-    packed = torch.tensor([tokens, positions, slots, tracks], dtype=torch.int64).to(device)
-    table_tensor = torch.tensor(tables, dtype=torch.int32).to(device)
-    bounds = torch.tensor(starts + ends, dtype=torch.int32).to(device)
+    packed = torch.tensor([tokens, positions, slots, tracks], dtype=torch.int64)
+    table_tensor = torch.tensor(tables, dtype=torch.int32)
+    bounds = torch.tensor(starts + ends, dtype=torch.int32)
     groups = _group(spans, table_tensor) if grouped else ()
-    kept = None if len(rows) == len(tokens) else torch.tensor(rows, dtype=torch.int64).to(device)
+    kept = None if len(rows) == len(tokens) else torch.tensor(rows, dtype=torch.int64)
     places = (packed[0:1], packed[1:2], packed[2], packed[3], table_tensor)
-    return Batch(*places, kept, groups, bounds[: len(starts)], bounds[len(starts) :])
+    return Batch(*places, kept, groups, bounds[: len(starts)], bounds[len(starts) :]).to(device)
+
+
+def _moved(x: Any, device: torch.device) -> Any:
+    """Tensors go through pinned memory, which is not used anew before the device has read it."""
+    if not isinstance(x, Tensor):
+        return x
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def _group(spans: Sequence[SpanInput], tables: Tensor) -> tuple[Group, ...]:

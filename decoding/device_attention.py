@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+
 from decoding.attention import Batch, HostedLayer, Tensor
-from triton_kernels.paged_attention import paged_attention
+from triton_kernels.paged_attention import choose_split, paged_attention
 from triton_kernels.store_kv import store_kv
 
 
@@ -38,3 +42,8 @@ def attend_triton(
         split=batch.split,
         kernel=True,
     )
+
+
+def fixed_split(layers: Sequence[HostedLayer], tokens: int, reach: int, device: torch.device) -> int:
+    """Keys per part for batches of about `tokens` decoding tokens with contexts of any length up to `reach`."""
+    return choose_split(tokens * min(layer.spec.kv_heads for layer in layers), reach, device)

@@ -4,6 +4,8 @@
 // tokens of one track, are rows that share every load of keys and values.
 #include "host_vectors.h"
 
+#include <numeric>
+
 namespace {
 
 constexpr int64_t kChunk = 256;
@@ -153,8 +155,9 @@ void attend_tile(const Call<T>& c, int64_t first, int64_t n, int64_t kv_head, st
     return pool + (table[b] * c.kv_heads + kv_head) * dim * c.block;
   };
   const int64_t low = c.lowest(c.positions[first]), high = c.positions[first + n - 1];
-  // Chunks of a fixed grid: a row's sums do not depend on where its neighbours' windows begin.
-  for (int64_t begin = low / c.block, end; begin <= high / c.block; begin = end) {
+  // Chunks of a fixed grid, and keys in fixed lanes: a row's sums do not depend on where its neighbours' windows begin.
+  const int64_t aligned = kLanes / std::gcd<int64_t>(kLanes, c.block);
+  for (int64_t begin = low / c.block - low / c.block % per_chunk % aligned, end; begin <= high / c.block; begin = end) {
     end = std::min((begin / per_chunk + 1) * per_chunk, high / c.block + 1);
     int64_t keys = (end - begin) * c.block;
     for (int64_t b = begin; b < end; b++) {

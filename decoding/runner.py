@@ -21,6 +21,7 @@ from decoding.adapters import read_adapter
 from decoding.attention import Batch, HostedLayer, Tensor, attend_kernel, attend_reference, make_batch, make_pool
 from decoding.core import ModelLoadError
 from decoding.events import AdapterInfo
+from decoding.graphs import INVARIANT_TOKENS, StaticForward, divide, static_forward
 from decoding.heads import Head, HeadModel
 from decoding.host_build import load_kernels
 from decoding.host_compile import CompiledForward, mark_pools
@@ -31,6 +32,7 @@ from decoding.lora import Chosen, Loras
 
 log = logging.getLogger(__name__)
 COMPILED_CHUNK = 16  # longest chunk that is compiled although not all of its rows are wanted
+HOST = torch.device("cpu")
 UNBOUNDED_LENGTH = 4096  # for models that state no context length
 
 
@@ -49,11 +51,13 @@ class Runner:
         compile: bool = True,
         kernels: bool | Literal["triton"] = True,
         adapters: bool = False,
+        batch_invariant: bool = False,
     ) -> None:
         """Takes ownership of `model`: its attention implementation becomes this runner's.
 
         `compile` False makes `warm_up` do nothing, `kernels` False keeps to plain torch, "triton" has the GPU's kernels
-        interpreted where there is no GPU. `adapters` has `warm_up` prepare for adapters that come later. Raises
+        interpreted where there is no GPU. `adapters` has `warm_up` prepare for adapters that come later. With
+        `batch_invariant` a row has the same bits in every batch: all forwards have `INVARIANT_TOKENS` tokens. Raises
         ModelLoadError when the model's attention cannot be hosted.
         """
         self.id = id
@@ -71,6 +75,8 @@ class Runner:
         self._expects_adapters = adapters
         self._adapters_tried = False
         self._compiled: CompiledForward | None = None
+        self._static: StaticForward | None = None
+        self._invariant = batch_invariant
         self._takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._name = _free_name()
         found = probe(model, self._name)
@@ -79,6 +85,8 @@ class Runner:
         suits = self.device.type == "cpu" and self.dtype in (torch.bfloat16, torch.float32)
         self._kernels = kernels is True and suits and load_kernels()
         self._triton = kernels == "triton" or (kernels and self.device.type == "cuda" and has_triton())
+        if batch_invariant and not (self._kernels or self._triton):
+            raise ModelLoadError("Rows that do not depend on their batch need kernels: triton, or a C++ compiler.")
         if self._kernels:
             use_few_rows(model)
         self.loras = Loras(model, model.get_output_embeddings(), self._kernels)
@@ -105,6 +113,15 @@ class Runner:
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         for layer in self.layers:
             layer.keys, layer.values = make_pool(layer.spec, num_blocks, block_size, like)
+        graphs = self._triton and self.device.type == "cuda" and self._may_compile
+        self._static = static_forward(
+            self._packed,
+            self.layers,
+            self.max_model_len,
+            triton=self._triton,
+            graphs=graphs,
+            invariant=self._invariant,
+        )
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks (source, destination) in every layer; sources are read before destinations are written."""
@@ -120,6 +137,7 @@ class Runner:
         """Drop the pool."""
         for layer in self.layers:
             layer.keys = layer.values = layer.keys.new_empty(0)
+        self._static = None
 
     # -- adapters -----------------------------------------------------------------------------------------------
 
@@ -156,7 +174,9 @@ class Runner:
         Spans of one forward must not write the same block. Logits [R, width], hidden [R, hidden_size].
         """
         assert self.layers[0].keys.numel(), "allocate() comes first"
-        logits, hidden = self._compute(*self._pack(spans))
+        parts = divide(spans, INVARIANT_TOKENS) if self._invariant else [spans]
+        done = [self._compute(*self._pack(part)) for part in parts]
+        logits, hidden = done[0] if len(done) == 1 else (torch.cat(each) for each in zip(*done))
         return Rows(logits, hidden if want_hidden else None)
 
     def warm_up(self, compile_from: int = 0) -> bool:
@@ -164,7 +184,12 @@ class Runner:
 
         Takes seconds to a minute, less when torch's on-disk cache has seen the model. The pool is not touched.
         """
-        if not (self._may_compile and self._kernels) or self.parameters < compile_from:
+        if not self._may_compile or self.parameters < compile_from:
+            return False
+        if self._static is not None:
+            self._static.prepare(FEW_ROWS)
+            return self._static.quick
+        if not self._kernels:
             return False
         if self._compiled is None:
             compiled = CompiledForward(self._packed, FEW_ROWS)
@@ -215,20 +240,33 @@ class Runner:
                 layer.keys, layer.values = keys, values
 
     def _pack(self, spans: Sequence[SpanInput]) -> tuple[Batch, Chosen | None]:
-        batch = make_batch(spans, self.block_size, self.device, grouped=not (self._kernels or self._triton))
+        batch = make_batch(spans, self.block_size, HOST, grouped=not (self._kernels or self._triton))
+        padding = INVARIANT_TOKENS - batch.slots.shape[0] if self._invariant else 0
+        if padding:
+            spans = [*spans, SpanInput([0] * padding, 0, [], [])]
         return batch, self.loras.choose(spans, self._like)
 
     def _compute(self, batch: Batch, chosen: Chosen | None) -> tuple[Tensor, Tensor]:
-        """logits [R, width], hidden [R, hidden_size] of the batch's rows, by the compiled forward where it pays.
+        """logits [R, width], hidden [R, hidden_size] of the batch's rows, by a quicker forward where it pays.
 
-        The compiled forward applies the head to every token, so long chunks with few rows go without it.
+        The quicker ones apply the head to every token, so long chunks with few rows go without them.
         """
-        compiled, tokens = self._compiled, batch.slots.shape[0]
+        static, compiled, tokens = self._static, self._compiled, batch.slots.shape[0]
         pays = batch.rows is None or tokens <= COMPILED_CHUNK
-        if compiled is None or not pays or not compiled.takes(tokens, chosen):
-            return self._packed(batch, chosen)
-        logits, hidden = compiled(batch, chosen)
-        return (logits, hidden) if batch.rows is None else (logits[batch.rows], hidden[batch.rows])
+        quick: StaticForward | CompiledForward
+        if static is not None and (
+            self._invariant or (pays and static.quick and chosen is None and static.takes(batch))
+        ):
+            quick = static
+        elif compiled is not None and pays and compiled.takes(tokens, chosen):
+            quick = compiled
+        else:
+            return self._packed(batch.to(self.device), chosen)
+        logits, hidden = quick(batch, chosen)
+        if batch.rows is None:
+            return logits, hidden
+        rows = batch.rows.to(self.device, non_blocking=True)
+        return logits[rows], hidden[rows]
 
     def _packed(self, batch: Batch, chosen: Chosen | None) -> tuple[Tensor, Tensor]:
         """logits [R, width], hidden [R, hidden_size]: the model's own forward, with our attention."""
