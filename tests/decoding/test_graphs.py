@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -171,6 +172,18 @@ def test_a_row_has_the_same_bits_in_every_batch(
     neighbour = SpanInput([1] * 13, 0, [10, 12, 13, 15], [])
     prompt = runner.forward([neighbour, SpanInput(texts()[2][:27], 0, TABLES[2], [26])])
     assert torch.equal(prompt.logits[0], alone[2])
+    runner.close()
+
+
+def test_rows_of_adapters_have_the_same_bits_too() -> None:
+    runner = hosted(kernels=True, batch_invariant=True)
+    with torch.inference_mode(), runner.loras.probe(runner._like) as adapter:
+        adapted = [replace(step, adapter=adapter) for step in steps([0, 1, 2])]
+        alone = [runner.forward([step]).logits[0] for step in adapted]
+        plain = runner.forward(steps([1])).logits[0]
+        together = runner.forward([adapted[2], steps([1])[0], adapted[0]]).logits
+    assert torch.equal(together, torch.stack([alone[2], plain, alone[0]]))
+    assert not torch.equal(plain, alone[1])
     runner.close()
 
 
