@@ -5,16 +5,16 @@ One pool per layer, in blocks of `block_size` positions::
     keys    [blocks, kv_heads, k_dim, block_size]     a block's keys of one head are a [k_dim, positions] tile
     values  [blocks, kv_heads, block_size, v_dim]
 
-Keys are stored transposed so that `q @ tile` needs no horizontal sums; `host_attention.cpp` reads the tiles in place.
-`attend_reference` below is the specification: it gathers each sequence's tiles and works on any device. It knows
-nothing about models, requests or compilation.
+Keys are stored transposed so that `q @ tile` needs no horizontal sums; `host_attention.cpp` and the GPU's kernels read
+the tiles in place. `attend_reference` below is the specification: it gathers each sequence's tiles and works on any
+device. It knows nothing about models, requests or compilation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,7 +39,9 @@ class Batch:
 
     token_ids [1, T], positions [1, T], slots [T] (block * block_size + offset), tracks [T] (row of `tables`), all
     int64; tables [S, blocks] int32 padded with 0; rows [R] packed positions whose logits are wanted, None for all;
-    `groups` is what the torch specification works on, empty when the C++ kernel does it.
+    `groups` is what the torch specification works on, empty when a kernel does it. For the GPU's kernels: starts
+    [S + 1], where each track's tokens begin, and T; ends [S], its keys with those tokens; both int32. split: keys per
+    part of a long context, None to choose by the batch.
     """
 
     token_ids: Tensor
@@ -48,7 +50,17 @@ class Batch:
     tracks: Tensor
     tables: Tensor
     rows: Tensor | None
-    groups: tuple[Group, ...]
+    groups: tuple[Group, ...] = ()
+    starts: Tensor | None = None
+    ends: Tensor | None = None
+    split: int | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`, without waiting for it."""
+        if self.slots.device == device:
+            return self
+        moved = {f.name: _moved(getattr(self, f.name), device) for f in fields(self)}
+        return Batch(**(moved | {"groups": tuple(Group(*(_moved(x, device) for x in group)) for group in self.groups)}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +113,7 @@ def make_batch(spans: Sequence[SpanInput], block_size: int, device: torch.device
     tracks: list[int] = []
     rows: list[int] = []
     tables: list[list[int]] = []
+    starts, ends = [0], []
     for track, span in enumerate(spans):
         first, n = len(tokens), len(span.token_ids)
         end = span.start + n
@@ -114,14 +127,25 @@ def make_batch(spans: Sequence[SpanInput], block_size: int, device: torch.device
         tracks.extend([track] * n)
         rows.extend([first + offset for offset in span.rows])
         tables.append(list(blocks[:needed]))
+        starts.append(first + n)
+        ends.append(end)
     width = max(len(table) for table in tables)
     for table in tables:
         table.extend([0] * (width - len(table)))
-    packed = torch.tensor([tokens, positions, slots, tracks], dtype=torch.int64).to(device)
-    table_tensor = torch.tensor(tables, dtype=torch.int32).to(device)
+    packed = torch.tensor([tokens, positions, slots, tracks], dtype=torch.int64)
+    table_tensor = torch.tensor(tables, dtype=torch.int32)
+    bounds = torch.tensor(starts + ends, dtype=torch.int32)
     groups = _group(spans, table_tensor) if grouped else ()
-    kept = None if len(rows) == len(tokens) else torch.tensor(rows, dtype=torch.int64).to(device)
-    return Batch(packed[0:1], packed[1:2], packed[2], packed[3], table_tensor, kept, groups)
+    kept = None if len(rows) == len(tokens) else torch.tensor(rows, dtype=torch.int64)
+    places = (packed[0:1], packed[1:2], packed[2], packed[3], table_tensor)
+    return Batch(*places, kept, groups, bounds[: len(starts)], bounds[len(starts) :]).to(device)
+
+
+def _moved(x: Any, device: torch.device) -> Any:
+    """Tensors go through pinned memory, which is not used anew before the device has read it."""
+    if not isinstance(x, Tensor):
+        return x
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def _group(spans: Sequence[SpanInput], tables: Tensor) -> tuple[Group, ...]:

@@ -4,6 +4,8 @@
 // tokens of one track, are rows that share every load of keys and values.
 #include "host_vectors.h"
 
+#include <numeric>
+
 namespace {
 
 constexpr int64_t kChunk = 256;
@@ -28,6 +30,7 @@ struct Call {  // one layer's attention, as raw pointers; strides in elements
 
 template <class T>
 void write_token(const Call<T>& c, int64_t token) {
+  if (c.slots[token] < 0) return;  // fills up a batch of a fixed size
   int64_t block = c.slots[token] / c.block, offset = c.slots[token] % c.block;
   for (int64_t head = 0; head < c.kv_heads; head++) {
     const T* key = c.key + token * c.key_token + head * c.key_head;
@@ -152,8 +155,11 @@ void attend_tile(const Call<T>& c, int64_t first, int64_t n, int64_t kv_head, st
     return pool + (table[b] * c.kv_heads + kv_head) * dim * c.block;
   };
   const int64_t low = c.lowest(c.positions[first]), high = c.positions[first + n - 1];
-  for (int64_t begin = low / c.block; begin <= high / c.block; begin += per_chunk) {
-    int64_t end = std::min(begin + per_chunk, high / c.block + 1), keys = (end - begin) * c.block;
+  // Chunks of a fixed grid, and keys in fixed lanes: a row's sums do not depend on where its neighbours' windows begin.
+  const int64_t aligned = kLanes / std::gcd<int64_t>(kLanes, c.block);
+  for (int64_t begin = low / c.block - low / c.block % per_chunk % aligned, end; begin <= high / c.block; begin = end) {
+    end = std::min((begin / per_chunk + 1) * per_chunk, high / c.block + 1);
+    int64_t keys = (end - begin) * c.block;
     for (int64_t b = begin; b < end; b++) {
       if (b + 2 < end) fetch(tile(c.keys, b + 2, c.k_dim), c.k_dim * c.block * sizeof(T));
       fetch(tile(c.values, b, c.v_dim), c.v_dim * c.block * sizeof(T));

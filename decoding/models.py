@@ -52,7 +52,7 @@ def _load(spec: ModelSpec, compile: bool, self_check: bool, adapters: bool) -> R
     device = _device(spec)
     dtype = _dtype(spec, config, device)
     if self_check:
-        check_twin(kind, config)
+        check_twin(kind, config, True, device)
     model: Any = read_head_model(spec, config, dtype) if scores else read_weights(spec, kind, config, dtype)
     model = model.eval().to(device)
     ids = torch.arange(2 * PROMPT_TOKENS, device=device).view(2, -1) * 7919 % int(model.config.vocab_size)

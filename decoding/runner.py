@@ -6,12 +6,13 @@ strategies or scheduling: it computes the spans it is given.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
@@ -20,6 +21,7 @@ from decoding.adapters import read_adapter
 from decoding.attention import Batch, HostedLayer, Tensor, attend_kernel, attend_reference, make_batch, make_pool
 from decoding.core import ModelLoadError
 from decoding.events import AdapterInfo
+from decoding.graphs import INVARIANT_TOKENS, StaticForward, divide, static_forward
 from decoding.heads import Head, HeadModel
 from decoding.host_build import load_kernels
 from decoding.host_compile import CompiledForward, mark_pools
@@ -30,6 +32,7 @@ from decoding.lora import Chosen, Loras
 
 log = logging.getLogger(__name__)
 COMPILED_CHUNK = 16  # longest chunk that is compiled although not all of its rows are wanted
+HOST = torch.device("cpu")
 UNBOUNDED_LENGTH = 4096  # for models that state no context length
 
 
@@ -46,13 +49,16 @@ class Runner:
         max_model_len: int | None = None,
         *,
         compile: bool = True,
-        kernels: bool = True,
+        kernels: bool | Literal["triton"] = True,
         adapters: bool = False,
+        batch_invariant: bool = False,
     ) -> None:
         """Takes ownership of `model`: its attention implementation becomes this runner's.
 
-        `compile` False makes `warm_up` do nothing, `kernels` False keeps to plain torch, `adapters` has `warm_up`
-        prepare for adapters that come later. Raises ModelLoadError when the model's attention cannot be hosted.
+        `compile` False makes `warm_up` do nothing, `kernels` False keeps to plain torch, "triton" has the GPU's kernels
+        interpreted where there is no GPU. `adapters` has `warm_up` prepare for adapters that come later. With
+        `batch_invariant` a row has the same bits in every batch: all forwards have `INVARIANT_TOKENS` tokens. Raises
+        ModelLoadError when the model's attention cannot be hosted.
         """
         self.id = id
         self.model = model.eval().requires_grad_(False)
@@ -69,13 +75,18 @@ class Runner:
         self._expects_adapters = adapters
         self._adapters_tried = False
         self._compiled: CompiledForward | None = None
+        self._static: StaticForward | None = None
+        self._invariant = batch_invariant
         self._takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._name = _free_name()
         found = probe(model, self._name)
         self.layers: list[HostedLayer] = found.layers
         self.width, self.hidden_size = found.width, found.hidden_size
         suits = self.device.type == "cpu" and self.dtype in (torch.bfloat16, torch.float32)
-        self._kernels = kernels and suits and load_kernels()
+        self._kernels = kernels is True and suits and load_kernels()
+        self._triton = kernels == "triton" or (kernels and self.device.type == "cuda" and has_triton())
+        if batch_invariant and not (self._kernels or self._triton):
+            raise ModelLoadError("Rows that do not depend on their batch need kernels: triton, or a C++ compiler.")
         if self._kernels:
             use_few_rows(model)
         self.loras = Loras(model, model.get_output_embeddings(), self._kernels)
@@ -102,6 +113,15 @@ class Runner:
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         for layer in self.layers:
             layer.keys, layer.values = make_pool(layer.spec, num_blocks, block_size, like)
+        graphs = self._triton and self.device.type == "cuda" and self._may_compile
+        self._static = static_forward(
+            self._packed,
+            self.layers,
+            self.max_model_len,
+            triton=self._triton,
+            graphs=graphs,
+            invariant=self._invariant,
+        )
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks (source, destination) in every layer; sources are read before destinations are written."""
@@ -117,6 +137,7 @@ class Runner:
         """Drop the pool."""
         for layer in self.layers:
             layer.keys = layer.values = layer.keys.new_empty(0)
+        self._static = None
 
     # -- adapters -----------------------------------------------------------------------------------------------
 
@@ -153,7 +174,9 @@ class Runner:
         Spans of one forward must not write the same block. Logits [R, width], hidden [R, hidden_size].
         """
         assert self.layers[0].keys.numel(), "allocate() comes first"
-        logits, hidden = self._compute(*self._pack(spans))
+        parts = divide(spans, INVARIANT_TOKENS) if self._invariant else [spans]
+        done = [self._compute(*self._pack(part)) for part in parts]
+        logits, hidden = done[0] if len(done) == 1 else (torch.cat(each) for each in zip(*done))
         return Rows(logits, hidden if want_hidden else None)
 
     def warm_up(self, compile_from: int = 0) -> bool:
@@ -161,7 +184,12 @@ class Runner:
 
         Takes seconds to a minute, less when torch's on-disk cache has seen the model. The pool is not touched.
         """
-        if not (self._may_compile and self._kernels) or self.parameters < compile_from:
+        if not self._may_compile or self.parameters < compile_from:
+            return False
+        if self._static is not None:
+            self._static.prepare(FEW_ROWS)
+            return self._static.quick
+        if not self._kernels:
             return False
         if self._compiled is None:
             compiled = CompiledForward(self._packed, FEW_ROWS)
@@ -212,20 +240,33 @@ class Runner:
                 layer.keys, layer.values = keys, values
 
     def _pack(self, spans: Sequence[SpanInput]) -> tuple[Batch, Chosen | None]:
-        batch = make_batch(spans, self.block_size, self.device, grouped=not self._kernels)
+        batch = make_batch(spans, self.block_size, HOST, grouped=not (self._kernels or self._triton))
+        padding = INVARIANT_TOKENS - batch.slots.shape[0] if self._invariant else 0
+        if padding:
+            spans = [*spans, SpanInput([0] * padding, 0, [], [])]
         return batch, self.loras.choose(spans, self._like)
 
     def _compute(self, batch: Batch, chosen: Chosen | None) -> tuple[Tensor, Tensor]:
-        """logits [R, width], hidden [R, hidden_size] of the batch's rows, by the compiled forward where it pays.
+        """logits [R, width], hidden [R, hidden_size] of the batch's rows, by a quicker forward where it pays.
 
-        The compiled forward applies the head to every token, so long chunks with few rows go without it.
+        The quicker ones apply the head to every token, so long chunks with few rows go without them.
         """
-        compiled, tokens = self._compiled, batch.slots.shape[0]
+        static, compiled, tokens = self._static, self._compiled, batch.slots.shape[0]
         pays = batch.rows is None or tokens <= COMPILED_CHUNK
-        if compiled is None or not pays or not compiled.takes(tokens, chosen):
-            return self._packed(batch, chosen)
-        logits, hidden = compiled(batch, chosen)
-        return (logits, hidden) if batch.rows is None else (logits[batch.rows], hidden[batch.rows])
+        quick: StaticForward | CompiledForward
+        if static is not None and (
+            self._invariant or (pays and static.quick and chosen is None and static.takes(batch))
+        ):
+            quick = static
+        elif compiled is not None and pays and compiled.takes(tokens, chosen):
+            quick = compiled
+        else:
+            return self._packed(batch.to(self.device), chosen)
+        logits, hidden = quick(batch, chosen)
+        if batch.rows is None:
+            return logits, hidden
+        rows = batch.rows.to(self.device, non_blocking=True)
+        return logits[rows], hidden[rows]
 
     def _packed(self, batch: Batch, chosen: Chosen | None) -> tuple[Tensor, Tensor]:
         """logits [R, width], hidden [R, hidden_size]: the model's own forward, with our attention."""
@@ -256,6 +297,10 @@ class Runner:
         if self._kernels:
             return attend_kernel(query, key, value, layer, batch, sinks), None
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, dim]
+        if self._triton:
+            from decoding.device_attention import attend_triton
+
+            return attend_triton(q, k, v, layer, batch, sinks)[None], None
         return attend_reference(q, k, v, layer, batch, sinks)[None], None
 
     def _measure_cost(self) -> float:
@@ -267,9 +312,16 @@ class Runner:
         for _ in range(3):
             start = time.perf_counter()
             self.forward([span])
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
             best = min(best, time.perf_counter() - start)
         self.release()
         return best / n
+
+
+def has_triton() -> bool:
+    """Whether the GPU's kernels can run: triton is not there on every platform."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def _free_name() -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -180,7 +180,12 @@ def own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return logits
 
 
-def check_twin(kind: type[PreTrainedModel], config: Any, kernels: bool = True) -> None:
+def check_twin(
+    kind: type[PreTrainedModel],
+    config: Any,
+    kernels: bool | Literal["triton"] = True,
+    device: torch.device | str = "cpu",
+) -> None:
     """Ragged chunks of two tracks that share a prefix, with a fork and a roll-back, against HF's own forward.
 
     Raises ModelLoadError on a mismatch. The tolerance, 1e-4 of the largest logit, is ten times what fp32 rounding
@@ -189,11 +194,11 @@ def check_twin(kind: type[PreTrainedModel], config: Any, kernels: bool = True) -
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # such small products are slower on many
     try:
-        twin = make_twin(kind, config)
+        twin = make_twin(kind, config).to(device)
         noise = torch.Generator().manual_seed(1)
         ids = torch.randint(1, int(twin.config.vocab_size), (2, TWIN_TOKENS), generator=noise)
         ids[1, :FORK] = ids[0, :FORK]
-        expected = own_logits(twin, ids)  # [2, length, width]
+        expected = own_logits(twin, ids.to(device))  # [2, length, width]
         runner = Runner(twin, "twin", kernels=kernels)
         try:
             runner.allocate(2 * TWIN_TOKENS // TWIN_BLOCK, TWIN_BLOCK)

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from triton_kernels.cutoffs import cutoffs
-from triton_kernels.mix import Edits, Gates, mix
-from triton_kernels.rms_norm import rms_norm
-from triton_kernels.row_stats import row_stats
+from tests.triton_kernels.cases import CASES
 
 
 class _Driver:
@@ -63,68 +60,14 @@ def compiling() -> Iterator[list[Any]]:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes spilled to local memory) a thread."""
+    """(registers, bytes of stack, which is where they are spilled to) a thread."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         shown = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    usage = dict(part.split(":") for part in shown.split() if part.startswith(("REG:", "LOCAL:")))
-    return int(usage["REG"]), int(usage["LOCAL"])
-
-
-def _rms_norm() -> None:
-    for dtype in (torch.bfloat16, torch.float32):
-        x, weight = torch.zeros(3, 4096, dtype=dtype), torch.zeros(4096, dtype=dtype)
-        rms_norm(x, weight, 1e-6, kernel=True)
-        rms_norm(x, weight, 1e-6, x, 1.0, kernel=True)
-
-
-def _cutoffs() -> None:
-    for dtype, rows in ((torch.float32, torch.int32), (torch.bfloat16, torch.int64)):
-        limits = (torch.ones(2), torch.ones(2, dtype=torch.int32), torch.ones(2), torch.ones(2))
-        cutoffs(torch.zeros(2, 4096, dtype=dtype), torch.zeros(2, dtype=rows), 4096, *limits, kernel=True)
-
-
-def _mix() -> None:
-    wide, narrow = torch.zeros(2, 4096), torch.zeros(2, 4100, dtype=torch.bfloat16)
-    index, weights = torch.zeros(3, 2, dtype=torch.int64), torch.zeros(2, 3)
-    mix([wide, narrow, narrow], index, 4096, weights, [0, 1, 2], kernel=True)
-    ints = torch.zeros(3, dtype=torch.int32)
-    gates = Gates([1, 2], [1, 2], torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.int32))
-    edits = Edits(ints, ints, torch.zeros(3), torch.zeros(3), torch.zeros(2, dtype=torch.bool))
-    masks = (torch.zeros(1, 128, dtype=torch.int32), ints[:2])
-    floor = (0, torch.zeros(2))
-    shifts = torch.zeros(3, 2)
-    mix(
-        [wide, narrow, narrow],
-        index,
-        4096,
-        weights,
-        [0, 1, 2],
-        shifts,
-        [-1, 0, 1],
-        gates,
-        floor,
-        *masks,
-        edits,
-        kernel=True,
-    )
-
-    mix([wide[:, :1]], index[:1, :1], 1, weights[:1, :1], [0], kernel=True)  # 1 is a constant to the compiler
-
-
-def _row_stats() -> None:
-    row_stats(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), 1, kernel=True)
-    row_stats(torch.zeros(2, 4096, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32), 4096, kernel=True)
-
-
-CASES: dict[str, Callable[[], None]] = {
-    "cutoffs": _cutoffs,
-    "mix": _mix,
-    "rms_norm": _rms_norm,
-    "row_stats": _row_stats,
-}
+    usage = dict(part.split(":") for part in shown.split() if part.startswith(("REG:", "STACK:")))
+    return int(usage["REG"]), int(usage["STACK"])
 
 
 def main() -> None:

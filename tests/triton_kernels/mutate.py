@@ -1,21 +1,18 @@
-"""Broken copies of a kernel: what a test must notice."""
+"""Broken copies of a kernel file: a comparison that passes them is not one."""
 
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import sys
 from pathlib import Path
 from types import ModuleType
 
-_NUMBERS = itertools.count()
-
 
 def mutated(path: str | Path, old: str, new: str, tmp_path: Path) -> ModuleType:
-    """The module at `path` with `old` replaced by `new`, from a file of its own: triton reads the source of kernels."""
+    """The module at `path` with `old`, which must be there, replaced by `new`; its file lies in `tmp_path`."""
     source = Path(path).read_text()
     assert old in source, f"{path} has no {old!r}"
-    name = f"mutant_{next(_NUMBERS)}"
+    name = f"mutant_{Path(path).stem}_{len(list(tmp_path.iterdir()))}"
     file = tmp_path / f"{name}.py"
     file.write_text(source.replace(old, new))
     spec = importlib.util.spec_from_file_location(name, file)
@@ -23,5 +20,8 @@ def mutated(path: str | Path, old: str, new: str, tmp_path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[name]
     return module

@@ -1,0 +1,120 @@
+"""What `cross.py` compiles: each kernel's wrapper on small CPU tensors, in the shapes that make different kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from triton_kernels.cutoffs import Cutoffs, cutoffs
+from triton_kernels.draw import Residual, draw
+from triton_kernels.mix import Edits, Gates, mix
+from triton_kernels.paged_attention import paged_attention
+from triton_kernels.rms_norm import rms_norm
+from triton_kernels.row_stats import row_stats
+from triton_kernels.sample_verify import verify
+from triton_kernels.store_kv import store_kv
+from triton_kernels.top_logprobs import top_logprobs
+
+
+def _cutoffs() -> None:
+    for dtype, rows in ((torch.float32, torch.int32), (torch.bfloat16, torch.int64)):
+        limits = (torch.ones(2), torch.ones(2, dtype=torch.int32), torch.ones(2), torch.ones(2))
+        x, index = torch.zeros(2, 4096, dtype=dtype), torch.zeros(2, dtype=rows)
+        cutoffs(x, index, 4096, *limits, kernel=True)
+        cutoffs(x, index, 4096, *limits, index.int(), kernel=True)
+
+
+def _draw() -> None:
+    z, ints, floats = torch.zeros(2, 4096), torch.zeros(2, dtype=torch.int32), torch.zeros(2)
+    given = (z, floats, Cutoffs(floats, ints, floats, floats), torch.zeros(2, 2, dtype=torch.int32))
+    draw(*given, kernel=True)
+    draw(*given, ints[:1], Residual(None, None, ints), kernel=True)
+    draw(*given, ints, Residual(z[:, :4000], ints, ints), kernel=True)
+
+
+def _mix() -> None:
+    wide, narrow = torch.zeros(2, 4096), torch.zeros(2, 4100, dtype=torch.bfloat16)
+    index, weights = torch.zeros(3, 2, dtype=torch.int64), torch.zeros(2, 3)
+    mix([wide, narrow, narrow], index, 4096, weights, [0, 1, 2], kernel=True)
+    ints = torch.zeros(3, dtype=torch.int32)
+    gates = Gates([1, 2], [1, 2], torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.int32))
+    edits = Edits(ints, ints, torch.zeros(3), torch.zeros(3), torch.zeros(2, dtype=torch.bool))
+    masks = (torch.zeros(1, 128, dtype=torch.int32), ints[:2])
+    floor = (0, torch.zeros(2))
+    shifts = torch.zeros(3, 2)
+    mix(
+        [wide, narrow, narrow],
+        index,
+        4096,
+        weights,
+        [0, 1, 2],
+        shifts,
+        [-1, 0, 1],
+        gates,
+        floor,
+        *masks,
+        edits,
+        kernel=True,
+    )
+
+    mix([wide[:, :1]], index[:1, :1], 1, weights[:1, :1], [0], kernel=True)  # 1 is a constant to the compiler
+
+
+def _paged_attention() -> None:
+    """Decode with parts and a long chunk without, of head dims that occur, with nothing and with all to honour."""
+    bf16, dims = torch.bfloat16, ((128, 128), (192, 128), (256, 256), (80, 80))
+    for dtype, k_dim, v_dim in (*((bf16, *each) for each in dims), (torch.float16, 64, 64), (torch.float32, 128, 128)):
+        keys, values = torch.zeros(4, 2, k_dim, 16, dtype=dtype), torch.zeros(4, 2, 16, v_dim, dtype=dtype)
+        tables, ends = torch.zeros(1, 64, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+        every = {"window": 500, "chunk": 700, "softcap": 30.0, "sinks": torch.zeros(8, dtype=dtype)}
+        for tokens, split, honoured in ((1, 512, every), (200, None, {})):
+            query, starts = (
+                torch.zeros(8, tokens, k_dim, dtype=dtype).transpose(0, 1),
+                torch.zeros(2, dtype=torch.int32),
+            )
+            paged_attention(query, keys, values, starts, ends, tables, scale=0.1, split=split, kernel=True, **honoured)
+
+
+def _rms_norm() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        x, weight = torch.zeros(3, 4096, dtype=dtype), torch.zeros(4096, dtype=dtype)
+        rms_norm(x, weight, 1e-6, kernel=True)
+        rms_norm(x, weight, 1e-6, x, 1.0, kernel=True)
+
+
+def _row_stats() -> None:
+    row_stats(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), 1, kernel=True)
+    row_stats(torch.zeros(2, 4096, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32), 4096, kernel=True)
+
+
+def _sample_verify() -> None:
+    flags = torch.zeros(2, dtype=torch.bool)
+    verify(flags, torch.zeros(3, dtype=torch.int32), flags, kernel=True)
+
+
+def _store_kv() -> None:
+    for dtype, dim in ((torch.bfloat16, 128), (torch.float32, 256), (torch.bfloat16, 80)):
+        keys, values = torch.zeros(4, 2, dim, 16, dtype=dtype), torch.zeros(4, 2, 16, 64, dtype=dtype)
+        key, value = torch.zeros(2, 9, dim, dtype=dtype).transpose(0, 1), torch.zeros(9, 2, 64, dtype=dtype)
+        store_kv(key, value, keys, values, torch.zeros(9, dtype=torch.int64), kernel=True)
+
+
+def _top_logprobs() -> None:
+    x, index = torch.zeros(2, 262144, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32)
+    top_logprobs(x, index, 262144, torch.zeros(2), index, 32, kernel=True)
+    top_logprobs(x.float(), index, 1000, torch.zeros(2), index, 1, kernel=True)
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "cutoffs": _cutoffs,
+    "draw": _draw,
+    "mix": _mix,
+    "paged_attention": _paged_attention,
+    "rms_norm": _rms_norm,
+    "row_stats": _row_stats,
+    "sample_verify": _sample_verify,
+    "store_kv": _store_kv,
+    "top_logprobs": _top_logprobs,
+}
