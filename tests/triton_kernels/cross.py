@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from triton_kernels.lora import lora_
 from triton_kernels.rms_norm import rms_norm
 
 
@@ -60,14 +61,14 @@ def compiling() -> Iterator[list[Any]]:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes spilled to local memory) a thread."""
+    """(registers, bytes of stack, which is where they are spilled to) a thread."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         shown = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    usage = dict(part.split(":") for part in shown.split() if part.startswith(("REG:", "LOCAL:")))
-    return int(usage["REG"]), int(usage["LOCAL"])
+    usage = dict(part.split(":") for part in shown.split() if part.startswith(("REG:", "STACK:")))
+    return int(usage["REG"]), int(usage["STACK"])
 
 
 def _rms_norm() -> None:
@@ -77,7 +78,15 @@ def _rms_norm() -> None:
         rms_norm(x, weight, 1e-6, x, 1.0, kernel=True)
 
 
-CASES: dict[str, Callable[[], None]] = {"rms_norm": _rms_norm}
+def _lora() -> None:
+    table = torch.zeros(4, 3, dtype=torch.int64)
+    for dtype in (torch.bfloat16, torch.float32):
+        for tokens, rank in ((8, 16), (8, 64), (100, 8), (2000, 16), (2000, 64)):
+            x, y = torch.zeros(tokens, 4096, dtype=dtype), torch.zeros(tokens, 4096, dtype=dtype)
+            lora_(x, y, torch.zeros(tokens, dtype=torch.int32), table, rank)
+
+
+CASES: dict[str, Callable[[], None]] = {"lora": _lora, "rms_norm": _rms_norm}
 
 
 def main() -> None:
