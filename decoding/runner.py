@@ -6,12 +6,13 @@ strategies or scheduling: it computes the spans it is given.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
@@ -26,7 +27,7 @@ from decoding.host_compile import CompiledForward, mark_pools
 from decoding.host_linear import FEW_ROWS, use_few_rows
 from decoding.host_probe import probe
 from decoding.hosting import Rows, SpanInput
-from decoding.lora import Chosen, Loras
+from decoding.lora import Chosen, Kernel, Loras
 
 log = logging.getLogger(__name__)
 COMPILED_CHUNK = 16  # longest chunk that is compiled although not all of its rows are wanted
@@ -46,13 +47,14 @@ class Runner:
         max_model_len: int | None = None,
         *,
         compile: bool = True,
-        kernels: bool = True,
+        kernels: bool | Literal["triton"] = True,
         adapters: bool = False,
     ) -> None:
         """Takes ownership of `model`: its attention implementation becomes this runner's.
 
-        `compile` False makes `warm_up` do nothing, `kernels` False keeps to plain torch, `adapters` has `warm_up`
-        prepare for adapters that come later. Raises ModelLoadError when the model's attention cannot be hosted.
+        `compile` False makes `warm_up` do nothing, `kernels` False keeps to plain torch, "triton" has the GPU's kernels
+        interpreted where there is no GPU. `adapters` has `warm_up` prepare for adapters that come later. Raises
+        ModelLoadError when the model's attention cannot be hosted.
         """
         self.id = id
         self.model = model.eval().requires_grad_(False)
@@ -75,10 +77,12 @@ class Runner:
         self.layers: list[HostedLayer] = found.layers
         self.width, self.hidden_size = found.width, found.hidden_size
         suits = self.device.type == "cpu" and self.dtype in (torch.bfloat16, torch.float32)
-        self._kernels = kernels and suits and load_kernels()
+        self._kernels = kernels is True and suits and load_kernels()
+        self._triton = kernels == "triton" or (kernels and self.device.type == "cuda" and has_triton())
         if self._kernels:
             use_few_rows(model)
-        self.loras = Loras(model, model.get_output_embeddings(), self._kernels)
+        kernel: Kernel | None = "cpu" if self._kernels else "triton" if self._triton else None
+        self.loras = Loras(model, model.get_output_embeddings(), kernel)
         AttentionInterface.register(self._name, self._attend)
         self._head_hook = model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
         self.cost = self._measure_cost()
@@ -270,6 +274,11 @@ class Runner:
             best = min(best, time.perf_counter() - start)
         self.release()
         return best / n
+
+
+def has_triton() -> bool:
+    """Whether the GPU's kernels can run: triton is not there on every platform."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def _free_name() -> str:
