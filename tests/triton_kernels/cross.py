@@ -27,6 +27,8 @@ from triton.runtime.jit import JITFunction
 
 from triton_kernels.lora import lora_
 from triton_kernels.rms_norm import rms_norm
+from triton_kernels.rope import rope
+from triton_kernels.swiglu import Activation, swiglu
 
 
 class _Driver:
@@ -76,6 +78,7 @@ def _rms_norm() -> None:
         x, weight = torch.zeros(3, 4096, dtype=dtype), torch.zeros(4096, dtype=dtype)
         rms_norm(x, weight, 1e-6, kernel=True)
         rms_norm(x, weight, 1e-6, x, 1.0, kernel=True)
+        rms_norm(torch.zeros(9, 32, 128, dtype=dtype), weight[:128], 1e-6, cast_last=True, kernel=True)
 
 
 def _lora() -> None:
@@ -86,7 +89,28 @@ def _lora() -> None:
             lora_(x, y, torch.zeros(tokens, dtype=torch.int32), table, rank)
 
 
-CASES: dict[str, Callable[[], None]] = {"lora": _lora, "rms_norm": _rms_norm}
+def _rope() -> None:
+    """Llama's, Phi-3's part of a head, GPT-OSS's half a cosine, Cohere's and GLM's."""
+    for dtype in (torch.bfloat16, torch.float32):
+        q, k = torch.zeros(32, 5, 128, dtype=dtype).transpose(0, 1), torch.zeros(5, 8, 128, dtype=dtype)
+        cos = torch.zeros(5, 128, dtype=dtype)
+        rope(q, k, cos, cos, kernel=True)
+        rope(q, k, cos, cos, in_place=True, kernel=True)
+        rope(q, k, cos[:, :96], cos[:, :96], kernel=True)
+        rope(q, k, cos[:, :64], cos[:, :64], paired=True, rotated=128, kernel=True)
+        rope(q, k, cos.float(), cos.float(), interleaved=True, wide=True, kernel=True)
+        rope(q, k, cos[:, :64], cos[:, :64], interleaved=True, paired=True, kernel=True)
+
+
+def _swiglu() -> None:
+    activations: tuple[Activation, ...] = ("silu", "gelu_tanh", "gelu")
+    for dtype in (torch.bfloat16, torch.float32):
+        for activation in activations:
+            swiglu(torch.zeros(3, 2 * 14336, dtype=dtype), None, activation, kernel=True)
+        swiglu(torch.zeros(3, 1000, dtype=dtype), torch.zeros(3, 1000, dtype=dtype), kernel=True)
+
+
+CASES: dict[str, Callable[[], None]] = {"lora": _lora, "rms_norm": _rms_norm, "rope": _rope, "swiglu": _swiglu}
 
 
 def main() -> None:
