@@ -81,6 +81,7 @@ class Runner:
         self._triton = kernels == "triton" or (kernels and self.device.type == "cuda" and has_triton())
         if self._kernels:
             use_few_rows(model)
+        self._patches = _patch(model) if self._triton and self.device.type == "cuda" else None
         kernel: Kernel | None = "cpu" if self._kernels else "triton" if self._triton else None
         self.loras = Loras(model, model.get_output_embeddings(), kernel)
         AttentionInterface.register(self._name, self._attend)
@@ -91,6 +92,8 @@ class Runner:
         """Give the registered name and the pool back; the runner cannot be used afterwards."""
         AttentionInterface._global_mapping.pop(self._name, None)
         self._head_hook.remove()
+        if self._patches is not None:
+            self._patches.unpatch()
         self.release()
 
     # -- KV pool ------------------------------------------------------------------------------------------------
@@ -279,6 +282,13 @@ class Runner:
 def has_triton() -> bool:
     """Whether the GPU's kernels can run: triton is not there on every platform."""
     return importlib.util.find_spec("triton") is not None
+
+
+def _patch(model: torch.nn.Module) -> Any:
+    """Kernels in the model's own modules; what they make of its logits is compared with the rest, at load."""
+    from decoding.patches import patch  # imports triton
+
+    return patch(model)
 
 
 def _free_name() -> str:
