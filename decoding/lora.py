@@ -1,9 +1,9 @@
 """LoRA on a hosted model without merging: y += (x down_i^T) up_i for the tokens of adapter i, all in one forward.
 
-A decode batch with many adapters is one call a layer: on a CPU a kernel that is told where each adapter's matrices lie,
-elsewhere two products over the matrices of all adapters, stacked along the rank, and a mask. A few long stretches are
-two products each (S-LoRA, arXiv:2311.03285, has the same two cases). PEFT's mixed batches choose an adapter per batch
-row; a packed batch is a single row.
+A decode batch with many adapters is one call a layer of a kernel that is told where each adapter's matrices lie, on a
+CPU and on a GPU; without one it is two products over the matrices of all adapters, stacked along the rank, and a mask.
+A few long stretches are two products each (S-LoRA, arXiv:2311.03285, has the same two cases), but the GPU's kernel
+takes them too. PEFT's mixed batches choose an adapter per batch row; a packed batch is a single row.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,14 +25,17 @@ from decoding.hosting import SpanInput
 FEW_TOKENS = 64  # up to here every token meets every adapter: more products, but a few calls only
 PROBE = "\0probe"  # no id of a model's
 
+Kernel = Literal["cpu", "triton"]  # `trimtab::lora`, which `load_kernels()` has made; `triton_kernels.lora`
+
 
 @dataclass(slots=True)
 class Chosen:
     """Which adapter each token of one packed batch uses.
 
-    runs: (adapter, first token, end) in order, none for tokens without one. Few tokens have something better: for the
-    CPU kernel `owners` [T] int64, the place of the token's adapter in `table` or -1; elsewhere `masks` [T, K], one per
-    layout, 1 where the token's adapter owns the column and 0 elsewhere.
+    runs: (adapter, first token, end) in order, none for tokens without one. What there is a kernel for has `owners`
+    [T], the place of the token's adapter in `table` or -1: int64 for the CPU's, which takes few tokens; int32 and on
+    the device, with `max_rank`, for Triton's, which takes any number. Without a kernel few tokens have `masks` [T, K],
+    one per layout, 1 where the token's adapter owns the column and 0 elsewhere.
     """
 
     tokens: int
@@ -40,6 +43,7 @@ class Chosen:
     masks: tuple[Tensor, ...] = ()
     owners: Tensor | None = None
     table: Tensor | None = None
+    max_rank: int = 0
 
 
 @dataclass(slots=True)
@@ -70,12 +74,18 @@ class LoraLayer:
 
     def add(self, x: Tensor, y: Tensor, chosen: Chosen) -> Tensor:
         """x [.., in], y [.., out] the layer's own output, which is written to -> y with the adapters' share."""
-        if chosen.owners is not None:
+        if chosen.owners is not None and not chosen.max_rank:
             torch.ops.trimtab.lora.default(x, y, chosen.table, self.number, chosen.owners)
             return y
         inputs, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         if inputs.shape[0] != chosen.tokens:
             raise RuntimeError(f"an adapted layer saw {inputs.shape[0]} of {chosen.tokens} tokens")
+        if chosen.owners is not None:
+            from triton_kernels.lora import lora_
+
+            assert chosen.table is not None
+            lora_(inputs, out, chosen.owners, chosen.table[self.number], chosen.max_rank)
+            return y
         if chosen.masks:
             assert self.down is not None
             assert self.up is not None
@@ -91,9 +101,11 @@ class LoraLayer:
 class Loras:
     """The adapters that are loaded on one model. `chosen` is what the forward in progress uses; None costs nothing."""
 
-    def __init__(self, model: nn.Module, head: nn.Module, kernel: bool = False) -> None:
-        """With `kernel`, few tokens go through `trimtab::lora`, which `load_kernels()` has made."""
+    def __init__(self, model: nn.Module, head: nn.Module, kernel: Kernel | None = None) -> None:
+        """`kernel` computes what it can; None keeps to plain torch."""
         self._kernel = kernel
+        self._device = next(model.parameters()).device
+        self._max_rank = 1
         self.linears = dict(_linears(model, head))
         self.adapters: dict[str, Adapter] = {}
         self.chosen: Chosen | None = None
@@ -102,7 +114,7 @@ class Loras:
         self._hooks = {name: partial(_hook, self, layer) for name, layer in self._layers.items()}
         self._hooked: dict[str, Any] = {}
         self._layouts: list[tuple[tuple[str, int], ...]] = []
-        self._table = self._addresses()
+        self._table = self._addresses(8 if kernel == "triton" else 2)
 
     def sizes(self) -> Mapping[str, tuple[int, int]]:
         """(in, out) of every layer that may be adapted."""
@@ -115,7 +127,7 @@ class Loras:
         for name, lora in adapter.modules.items():
             if name not in self._hooked:
                 self._hooked[name] = self.linears[name].register_forward_hook(self._hooks[name])
-            self._layers[name].loras[id] = lora
+            self._layers[name].loras[id] = _aligned(lora) if self._kernel == "triton" else lora
         # The layers hold the only copy: the record keeps what describes it.
         self.adapters[id] = Adapter({}, adapter.generation)
         self._arrange(adapter.modules)
@@ -163,6 +175,9 @@ class Loras:
             if runs and runs[-1][0] == span.adapter and runs[-1][2] == start:
                 start = runs.pop()[1]
             runs.append((span.adapter, start, end))
+        if self._kernel == "triton":
+            owners = torch.tensor(self._owners(runs, end), dtype=torch.int32, device=self._device)
+            return Chosen(end, tuple(runs), owners=owners, table=self._table, max_rank=self._max_rank)
         if end > FEW_TOKENS:
             return Chosen(end, tuple(runs))
         if self._kernel:
@@ -190,6 +205,9 @@ class Loras:
 
     def _arrange(self, changed: Iterable[str]) -> None:
         """What the forwards read, after the adapters of the layers `changed` have changed."""
+        if self._kernel == "triton":
+            self._renew()
+            return
         if self._kernel:
             self._table = self._addresses()
             return
@@ -202,19 +220,42 @@ class Loras:
                 self._layouts.append(layout)
             layer.layout = self._layouts.index(layout)
 
+    def capture_key(self) -> tuple[int, int]:
+        """What a captured graph with adapters has in it; one that was captured under another key must not run."""
+        return self._table.data_ptr(), self._max_rank
+
+    @torch.inference_mode()
+    def _renew(self) -> None:
+        """Write the table anew, where it was while it has the room, and grow the rank that launches are made for."""
+        ranks = [lora.down.shape[0] for layer in self._layers.values() for lora in layer.loras.values()]
+        self._max_rank = max(self._max_rank, 1 << (max(ranks, default=1) - 1).bit_length())
+        table = self._addresses(self._table.shape[1])
+        if table.shape == self._table.shape:
+            self._table.copy_(table)
+        else:
+            self._table = self._addresses(2 * self._table.shape[1])
+
     @torch.inference_mode()  # always: a compiled forward tells such tensors from others
-    def _addresses(self) -> Tensor:
+    def _addresses(self, least: int = 2) -> Tensor:
         """[linears, places, 3] int64: where each adapter's down and up lie on each layer, and its rank, 0 for none.
 
-        At least two places: sizes of 0 and 1 would be compiled in.
+        At least `least` places, which is at least two: sizes of 0 and 1 would be compiled in. On the model's device.
         """
+        places = max(least, len(self.adapters))
         nothing = (0, 0, 0)
         rows = []
         for layer in self._layers.values():
             loras = [layer.loras.get(id) for id in self.adapters]
             row = [(a.down.data_ptr(), a.up.data_ptr(), a.down.shape[0]) if a is not None else nothing for a in loras]
-            rows.append(row + [nothing] * (2 - len(row)))
-        return torch.tensor(rows, dtype=torch.int64).view(len(rows), max(2, len(self.adapters)), 3)
+            rows.append(row + [nothing] * (places - len(row)))
+        device = self._device if self._kernel == "triton" else "cpu"
+        return torch.tensor(rows, dtype=torch.int64, device=device).view(len(rows), places, 3)
+
+
+def _aligned(lora: Lora) -> Lora:
+    """The same matrices at addresses that the kernel can load whole vectors from."""
+    down, up = (each.clone() if each.data_ptr() % 16 else each for each in (lora.down, lora.up))
+    return Lora(down, up)
 
 
 def _hook(loras: Loras, layer: LoraLayer, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from decoding.host_compile import CompiledForward, mark_pools
 from decoding.host_linear import FEW_ROWS, use_few_rows
 from decoding.host_probe import probe
 from decoding.hosting import Rows, SpanInput
-from decoding.lora import Chosen, Loras
+from decoding.lora import Chosen, Kernel, Loras
 
 log = logging.getLogger(__name__)
 COMPILED_CHUNK = 16  # longest chunk that is compiled although not all of its rows are wanted
@@ -89,7 +89,9 @@ class Runner:
             raise ModelLoadError("Rows that do not depend on their batch need kernels: triton, or a C++ compiler.")
         if self._kernels:
             use_few_rows(model)
-        self.loras = Loras(model, model.get_output_embeddings(), self._kernels)
+        self._patches = _patch(model) if self._triton and self.device.type == "cuda" else None
+        kernel: Kernel | None = "cpu" if self._kernels else "triton" if self._triton else None
+        self.loras = Loras(model, model.get_output_embeddings(), kernel)
         AttentionInterface.register(self._name, self._attend)
         self._head_hook = model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
         self.cost = self._measure_cost()
@@ -98,6 +100,8 @@ class Runner:
         """Give the registered name and the pool back; the runner cannot be used afterwards."""
         AttentionInterface._global_mapping.pop(self._name, None)
         self._head_hook.remove()
+        if self._patches is not None:
+            self._patches.unpatch()
         self.release()
 
     # -- KV pool ------------------------------------------------------------------------------------------------
@@ -322,6 +326,13 @@ class Runner:
 def has_triton() -> bool:
     """Whether the GPU's kernels can run: triton is not there on every platform."""
     return importlib.util.find_spec("triton") is not None
+
+
+def _patch(model: torch.nn.Module) -> Any:
+    """Kernels in the model's own modules; what they make of its logits is compared with the rest, at load."""
+    from decoding.patches import patch  # imports triton
+
+    return patch(model)
 
 
 def _free_name() -> str:

@@ -4,8 +4,8 @@
     y = cast(r / sqrt(mean(r^2) + eps)) * weight
 
 The statistics are fp32 for every dtype, and the row is cast before the weight, as Llama does it
-(Zhang and Sennrich 2019, arXiv:1910.07467, equation 4). `offset` is added to the weight (Gemma: 1), and such models
-multiply before the cast.
+(Zhang and Sennrich 2019, arXiv:1910.07467, equation 4). `offset` is added to the weight (Gemma: 1); such models
+multiply before the cast, and so do others with `cast_last` (OLMo 2).
 
 Launches: 1. Bytes: x read and y written once, the residual read and r written once where there is one.
 """
@@ -22,13 +22,13 @@ Tensor = torch.Tensor
 
 
 def rms_norm_reference(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, offset: float = 0.0
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, offset: float = 0.0, cast_last: bool = False
 ) -> tuple[Tensor, Tensor]:
     """See `rms_norm`."""
     r = x if residual is None else x + residual
     wide = r.float()
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    if offset:
+    if offset or cast_last:
         return (y * (weight.float() + offset)).to(x.dtype), r
     return y.to(x.dtype) * weight, r
 
@@ -36,7 +36,7 @@ def rms_norm_reference(
 @triton.jit
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, width, stride, eps, offset,
-    HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, CAST_LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -50,7 +50,7 @@ def _rms_norm_kernel(
     wide = x.to(tl.float32)
     y = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / width + eps)
     weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
-    if HAS_OFFSET:
+    if CAST_LAST:
         y = y * (weight.to(tl.float32) + offset)
     else:
         y = y.to(x.dtype).to(tl.float32) * weight.to(tl.float32)
@@ -63,18 +63,21 @@ def rms_norm(
     eps: float,
     residual: Tensor | None = None,
     offset: float = 0.0,
+    cast_last: bool = False,
     *,
     kernel: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y, r): the normed rows and what was normed; r is `x` itself without a residual.
 
-    x [.., d] and residual [.., d] fp32, bf16 or fp16, weight [d]; y and r have x's shape and dtype. Raises ValueError
-    if the shapes do not fit.
+    x [.., d] and residual [.., d] fp32, bf16 or fp16 and of any strides, weight [d] of their dtype; y and r have x's
+    shape and dtype. Raises ValueError if shapes or dtypes do not fit.
     """
     if weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape):
         raise ValueError(f"rms_norm: x {tuple(x.shape)}, weight {tuple(weight.shape)} and residual do not fit")
+    if weight.dtype != x.dtype or (residual is not None and residual.dtype != x.dtype):
+        raise ValueError(f"rms_norm: x of {x.dtype}, weight of {weight.dtype} and residual do not fit")
     if not on_kernel(x, kernel):
-        return rms_norm_reference(x, weight, eps, residual, offset)
+        return rms_norm_reference(x, weight, eps, residual, offset, cast_last)
     rows = x.reshape(-1, x.shape[-1])
     n, width = rows.shape
     if rows.stride(1) != 1:
@@ -85,7 +88,7 @@ def rms_norm(
     if n:
         block = power_of_two(width)
         _rms_norm_kernel[(n,)](
-            rows, other, weight, y, r, width, rows.stride(0), eps, offset,
-            residual is not None, offset != 0.0, block, num_warps=min(16, max(4, block // 512)),
+            rows, other, weight.contiguous(), y, r, width, rows.stride(0), eps, offset,
+            residual is not None, cast_last or offset != 0.0, block, num_warps=min(16, max(1, block // 256)),
         )  # fmt: skip
     return y.view(x.shape), r.view(x.shape)
