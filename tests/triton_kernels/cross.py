@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from triton_kernels.fusion_weights import fusion_weights
 from triton_kernels.rms_norm import rms_norm
 
 
@@ -77,7 +78,13 @@ def _rms_norm() -> None:
         rms_norm(x, weight, 1e-6, x, 1.0, kernel=True)
 
 
-CASES: dict[str, Callable[[], None]] = {"rms_norm": _rms_norm}
+def _fusion_weights() -> None:
+    for m in (1, 3):
+        rows = [torch.zeros(2, 152_064) for _ in range(2 + m)]
+        fusion_weights(rows[0], rows[1], rows[2:], 2.0, 0.1, True, kernel=True)
+
+
+CASES: dict[str, Callable[[], None]] = {"fusion_weights": _fusion_weights, "rms_norm": _rms_norm}
 
 
 def main() -> None:
