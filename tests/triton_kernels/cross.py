@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from triton_kernels.distill_loss import KINDS, distill_loss
 from triton_kernels.fusion_weights import fusion_weights
 from triton_kernels.rms_norm import rms_norm
 
@@ -84,7 +85,19 @@ def _fusion_weights() -> None:
         fusion_weights(rows[0], rows[1], rows[2:], 2.0, 0.1, True, kernel=True)
 
 
-CASES: dict[str, Callable[[], None]] = {"fusion_weights": _fusion_weights, "rms_norm": _rms_norm}
+def _distill_loss() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        hidden, weight = torch.zeros(2, 4, dtype=dtype, requires_grad=True), torch.zeros(152_064, 4, dtype=dtype)
+        for kind in KINDS:
+            distill_loss(hidden, weight, None, torch.zeros(2, 152_064), kind, per_position=True, kernel=True)
+        distill_loss(hidden, weight, None, torch.zeros(2, 152_064, dtype=dtype), "lk", decay=3.0, kernel=True)
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "distill_loss": _distill_loss,
+    "fusion_weights": _fusion_weights,
+    "rms_norm": _rms_norm,
+}
 
 
 def main() -> None:
