@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from triton_kernels.distill_loss import KINDS, distill_loss
 from triton_kernels.fusion_weights import fusion_weights
+from triton_kernels.preference_loss import token_logprobs
 from triton_kernels.rms_norm import rms_norm
 
 
@@ -93,9 +94,16 @@ def _distill_loss() -> None:
         distill_loss(hidden, weight, None, torch.zeros(2, 152_064, dtype=dtype), "lk", decay=3.0, kernel=True)
 
 
+def _preference_loss() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        hidden, weight = torch.zeros(2, 4, dtype=dtype, requires_grad=True), torch.zeros(152_064, 4, dtype=dtype)
+        token_logprobs(hidden, weight, None, torch.zeros(2, dtype=torch.int64), kernel=True).sum().backward()
+
+
 CASES: dict[str, Callable[[], None]] = {
     "distill_loss": _distill_loss,
     "fusion_weights": _fusion_weights,
+    "preference_loss": _preference_loss,
     "rms_norm": _rms_norm,
 }
 
