@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
@@ -54,6 +55,7 @@ class Fusion:
     fast: bool = True
     max_alpha: float = 2.0
     step: float = 0.1
+    kernel: bool | None = None  # the GPU's kernels: on CUDA, or as told (elsewhere: in Triton's interpreter)
     stateful: ClassVar[bool] = False
 
     def weights(self, rows: Sequence[torch.Tensor], states: Sequence[Any], starts: torch.Tensor) -> torch.Tensor:
@@ -75,6 +77,10 @@ class Fusion:
 
         The loss is (f - F)^2 + (g - G)^2: the sum over experts is m times that, and a constant.
         """
+        if _on_gpu(base) if self.kernel is None else self.kernel:
+            from triton_kernels.fusion_weights import fusion_weights
+
+            return fusion_weights(base, small, experts, self.max_alpha, self.step, self.fast, kernel=True)
         evidence = _KernelEvidence.of(base, small, experts) or _TorchEvidence(base, small, experts)
         target_f, target_g = evidence.targets()
         count = round(self.max_alpha / self.step) + 1
@@ -189,6 +195,11 @@ class _KernelEvidence:
         level = top[:, :, 0] + torch.log(total / zp) - a * centre
         f = a * (mean / total - centre) - level
         return f.flatten(1).to(self._dtype), level.flatten(1).to(self._dtype)
+
+
+def _on_gpu(row: torch.Tensor) -> bool:
+    """Whether the GPU's kernels serve it: Triton is not there on every platform, and they add up in fp32."""
+    return row.is_cuda and row.dtype != torch.float64 and find_spec("triton") is not None
 
 
 def _cell_bound(values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -7,12 +7,29 @@ from typing import Any
 
 import torch
 
+from triton_kernels.distill_loss import KINDS, distill_loss
+from triton_kernels.fusion_weights import fusion_weights
 from triton_kernels.lora import lora_
 from triton_kernels.paged_attention import paged_attention
+from triton_kernels.preference_loss import token_logprobs
 from triton_kernels.rms_norm import rms_norm
 from triton_kernels.rope import rope
 from triton_kernels.store_kv import store_kv
 from triton_kernels.swiglu import Activation, swiglu
+
+
+def _distill_loss() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        hidden, weight = torch.zeros(2, 4, dtype=dtype, requires_grad=True), torch.zeros(152_064, 4, dtype=dtype)
+        for kind in KINDS:
+            distill_loss(hidden, weight, None, torch.zeros(2, 152_064), kind, per_position=True, kernel=True)
+        distill_loss(hidden, weight, None, torch.zeros(2, 152_064, dtype=dtype), "lk", decay=3.0, kernel=True)
+
+
+def _fusion_weights() -> None:
+    for m in (1, 3):
+        rows = [torch.zeros(2, 152_064) for _ in range(2 + m)]
+        fusion_weights(rows[0], rows[1], rows[2:], 2.0, 0.1, True, kernel=True)
 
 
 def _lora() -> None:
@@ -38,12 +55,17 @@ def _paged_attention() -> None:
             paged_attention(query, keys, values, starts, ends, tables, scale=0.1, split=split, kernel=True, **honoured)
 
 
+def _preference_loss() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        hidden, weight = torch.zeros(2, 4, dtype=dtype, requires_grad=True), torch.zeros(152_064, 4, dtype=dtype)
+        token_logprobs(hidden, weight, None, torch.zeros(2, dtype=torch.int64), kernel=True).sum().backward()
+
+
 def _rms_norm() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         x, weight = torch.zeros(3, 4096, dtype=dtype), torch.zeros(4096, dtype=dtype)
         rms_norm(x, weight, 1e-6, kernel=True)
         rms_norm(x, weight, 1e-6, x, 1.0, kernel=True)
-        rms_norm(torch.zeros(9, 32, 128, dtype=dtype), weight[:128], 1e-6, cast_last=True, kernel=True)
 
 
 def _rope() -> None:
@@ -75,8 +97,11 @@ def _swiglu() -> None:
 
 
 CASES: dict[str, Callable[[], None]] = {
+    "distill_loss": _distill_loss,
+    "fusion_weights": _fusion_weights,
     "lora": _lora,
     "paged_attention": _paged_attention,
+    "preference_loss": _preference_loss,
     "rms_norm": _rms_norm,
     "rope": _rope,
     "store_kv": _store_kv,
