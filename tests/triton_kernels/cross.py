@@ -19,7 +19,6 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
