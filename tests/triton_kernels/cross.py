@@ -25,10 +25,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from triton_kernels.cutoffs import cutoffs
+from triton_kernels.cutoffs import Cutoffs, cutoffs
+from triton_kernels.draw import Residual, draw
 from triton_kernels.mix import Edits, Gates, mix
 from triton_kernels.rms_norm import rms_norm
 from triton_kernels.row_stats import row_stats
+from triton_kernels.sample_verify import verify
+from triton_kernels.top_logprobs import top_logprobs
 
 
 class _Driver:
@@ -83,7 +86,9 @@ def _rms_norm() -> None:
 def _cutoffs() -> None:
     for dtype, rows in ((torch.float32, torch.int32), (torch.bfloat16, torch.int64)):
         limits = (torch.ones(2), torch.ones(2, dtype=torch.int32), torch.ones(2), torch.ones(2))
-        cutoffs(torch.zeros(2, 4096, dtype=dtype), torch.zeros(2, dtype=rows), 4096, *limits, kernel=True)
+        x, index = torch.zeros(2, 4096, dtype=dtype), torch.zeros(2, dtype=rows)
+        cutoffs(x, index, 4096, *limits, kernel=True)
+        cutoffs(x, index, 4096, *limits, index.int(), kernel=True)
 
 
 def _mix() -> None:
@@ -114,6 +119,25 @@ def _mix() -> None:
     mix([wide[:, :1]], index[:1, :1], 1, weights[:1, :1], [0], kernel=True)  # 1 is a constant to the compiler
 
 
+def _draw() -> None:
+    z, ints, floats = torch.zeros(2, 4096), torch.zeros(2, dtype=torch.int32), torch.zeros(2)
+    given = (z, floats, Cutoffs(floats, ints, floats, floats), torch.zeros(2, 2, dtype=torch.int32))
+    draw(*given, kernel=True)
+    draw(*given, ints[:1], Residual(None, None, ints), kernel=True)
+    draw(*given, ints, Residual(z[:, :4000], ints, ints), kernel=True)
+
+
+def _sample_verify() -> None:
+    flags = torch.zeros(2, dtype=torch.bool)
+    verify(flags, torch.zeros(3, dtype=torch.int32), flags, kernel=True)
+
+
+def _top_logprobs() -> None:
+    x, index = torch.zeros(2, 262144, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32)
+    top_logprobs(x, index, 262144, torch.zeros(2), index, 32, kernel=True)
+    top_logprobs(x.float(), index, 1000, torch.zeros(2), index, 1, kernel=True)
+
+
 def _row_stats() -> None:
     row_stats(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), 1, kernel=True)
     row_stats(torch.zeros(2, 4096, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32), 4096, kernel=True)
@@ -121,9 +145,12 @@ def _row_stats() -> None:
 
 CASES: dict[str, Callable[[], None]] = {
     "cutoffs": _cutoffs,
+    "draw": _draw,
     "mix": _mix,
     "rms_norm": _rms_norm,
     "row_stats": _row_stats,
+    "sample_verify": _sample_verify,
+    "top_logprobs": _top_logprobs,
 }
 
 
