@@ -6,8 +6,8 @@
 Top-k first, then the shortest prefix of what it keeps with top_p of that mass, the crossing token included (Holtzman
 et al. 2020, arXiv:1904.09751), then what is at least min_p times as likely as the best (Nguyen et al. 2024,
 arXiv:2407.01082). Nothing is sorted. Floats are mapped to integers in the same order, and the edge is searched among
-these: each pass over the row weighs what is above each of 8 pivots, and once few tokens lie between two of them they
-are listed and the rest of the search is among the list.
+these: each pass weighs what is above each of 8 pivots, and once few tokens lie between two of them they are listed and
+searched there.
 
 Launches: 1, a program a row. Reads of the row: 1 without truncation, at T = 0 and for top_k 1; 3 with top-k, top-p or
 both; 1 more with min-p. Flat rows take more: one for each time that more than 2048 tokens lie between two pivots, one
@@ -28,7 +28,7 @@ from triton_kernels.floats import finite_or_0, image, value_of, weight_of
 
 Tensor = torch.Tensor
 _LIST = 2048
-_COLDEST = 1e-30  # a temperature below it is this one: fp32 has no smaller number worth dividing by
+COLDEST = 1e-30  # a temperature below it is this one: fp32 has no smaller number worth dividing by
 
 
 class Cutoffs(NamedTuple):
@@ -36,17 +36,25 @@ class Cutoffs(NamedTuple):
 
     Token v is kept if z[v] is finite and z[v] > least, or z[v] == least and v <= last. Rows without truncation have
     least -inf and last `width`; with min-p, least may be a bound between two tokens' values. A row of nothing finite
-    has best and total -inf.
+    has best and total -inf. prob [n] fp32: of the `chosen` ids, if asked for: exp((z - best) / T - total) or 0.
     """
 
     least: Tensor
     last: Tensor
     best: Tensor
     total: Tensor
+    prob: Tensor | None = None
 
 
 def cutoffs_reference(
-    source: Tensor, index: Tensor, width: int, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+    source: Tensor,
+    index: Tensor,
+    width: int,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    chosen: Tensor | None = None,
 ) -> Cutoffs:
     """See `cutoffs`; by sorting, in fp64."""
     z = source[index.long(), :width].float()  # [n, W]
@@ -56,7 +64,7 @@ def cutoffs_reference(
     best, empty = values[:, :1], values[:, :1] == -torch.inf
     greedy = temperature[:, None] == 0
     k = torch.where(greedy, 1, top_k[:, None])
-    scale = torch.where(greedy, 1.0, temperature[:, None].clamp_min(_COLDEST)).double()
+    scale = torch.where(greedy, 1.0, temperature[:, None].clamp_min(COLDEST)).double()
     d = (values.double() - best.clamp_min(-3e38)) / scale
     keep = values > -torch.inf
     plain = (((k == 0) | (k >= keep.sum(1, keepdim=True))) & (top_p[:, None] >= 1) & (min_p[:, None] <= 0)) | odd
@@ -70,8 +78,11 @@ def cutoffs_reference(
     plain |= empty
     least = values.gather(1, at).masked_fill(plain, -torch.inf)
     last = ids.gather(1, at).masked_fill(plain, width)
-    total = (d.exp() * keep).sum(1).log()
-    return Cutoffs(least[:, 0], last[:, 0].int(), best[:, 0], total.float())
+    mass = d.exp() * keep
+    total, prob = mass.sum(1).log(), None
+    if chosen is not None:
+        prob = (torch.where(ids == chosen[:, None], mass, 0.0).sum(1) / mass.sum(1).clamp_min(1e-37)).float()
+    return Cutoffs(least[:, 0], last[:, 0].int(), best[:, 0], total.float(), prob)
 
 
 @triton.jit
@@ -163,7 +174,7 @@ def _nth_equal(row, width, value, n, BLOCK: tl.constexpr):
 @triton.jit
 def _cutoffs_kernel(
     z_ptr, index_ptr, temperature_ptr, k_ptr, top_p_ptr, min_p_ptr, values_ptr, ids_ptr,
-    least_ptr, last_ptr, best_ptr, total_ptr, width, stride,
+    least_ptr, last_ptr, best_ptr, total_ptr, chosen_ptr, prob_ptr, width, stride, CHOSEN: tl.constexpr,
     COLDEST: tl.constexpr, LIST: tl.constexpr, PIVOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
@@ -247,6 +258,12 @@ def _cutoffs_kernel(
     tl.store(last_ptr + i, last)
     tl.store(best_ptr + i, best)
     tl.store(total_ptr + i, tl.where(count > 0, tl.log(tl.maximum(mass, 1e-37)), -float("inf")))
+    if CHOSEN:
+        chosen = tl.load(chosen_ptr + i)
+        x = tl.load(row + chosen, mask=(chosen >= 0) & (chosen < width), other=-float("inf")).to(tl.float32)
+        keep = (tl.abs(x) < float("inf")) & ((x > least) | ((x == least) & (chosen <= last)))
+        one = weight_of(tl.where(keep, x, top), top, scale)
+        tl.store(prob_ptr + i, tl.where(keep, one / tl.maximum(mass, 1e-37), 0.0))
 
 
 def cutoffs(
@@ -257,6 +274,7 @@ def cutoffs(
     top_k: Tensor,
     top_p: Tensor,
     min_p: Tensor,
+    chosen: Tensor | None = None,
     *,
     kernel: bool | None = None,
 ) -> Cutoffs:
@@ -264,23 +282,24 @@ def cutoffs(
 
     source [R, V] fp32, bf16 or fp16, index [n] int32 or int64; of each of the n rows temperature [n] fp32 (0: only the
     best token is kept), top_k [n] int32 (0: none), top_p [n] fp32 (1: none), min_p [n] fp32 (0: none). Nothing is cut
-    from a row that holds NaN or +inf; its best and total are of its finite tokens. Raises ValueError if the shapes do
-    not fit.
+    from a row that holds NaN or +inf; its best and total are of its finite tokens. chosen [n] int32: ids, -1 for none,
+    whose probabilities are wanted. Raises ValueError if the shapes do not fit.
     """
     params = (temperature, top_k, top_p, min_p)
     if source.dim() != 2 or not 0 < width <= source.shape[1] or any(x.shape != index.shape for x in params):
         raise ValueError(f"cutoffs: source {tuple(source.shape)}, width {width} and parameters do not fit")
     if not on_kernel(source, kernel):
-        return cutoffs_reference(source, index, width, *params)
+        return cutoffs_reference(source, index, width, *params, chosen)
     source = source if source.stride(1) == 1 else source.contiguous()
-    n, device = index.shape[0], source.device
-    least, best, total = torch.empty(3, n, device=device)
+    index, n, device = index.contiguous(), index.shape[0], source.device
+    least, best, total, prob = torch.empty(4, n, device=device)
     last = torch.empty(n, dtype=torch.int32, device=device)
     values = torch.empty(n, _LIST, device=device)
     ids = torch.empty(n, _LIST, dtype=torch.int32, device=device)
     if n:
         _cutoffs_kernel[(n,)](
             source, index, *(x.contiguous() for x in params), values, ids, least, last, best, total,
-            width, source.stride(0), _COLDEST, _LIST, 8, min(1024, power_of_two(width, 32)), num_warps=16,
+            last if chosen is None else chosen.contiguous(), prob, width, source.stride(0), chosen is not None,
+            COLDEST, _LIST, 8, min(1024, power_of_two(width, 32)), num_warps=16,
         )  # fmt: skip
-    return Cutoffs(least, last, best, total)
+    return Cutoffs(least, last, best, total, None if chosen is None else prob)

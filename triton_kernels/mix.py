@@ -282,7 +282,7 @@ def mix(
     unused: Any = weights  # where a kernel takes a pointer that it will not follow
     strides = tuple(x.stride(0) for x in rows)
     given = (rows, strides, index.contiguous(), unused if shifts is None else shifts.contiguous())
-    masks = (unused, unused) if bits is None else (bits.contiguous(), mask_of)
+    masks = (unused, unused) if bits is None or mask_of is None else (bits.contiguous(), mask_of.contiguous())
     of = tuple(gate_of[j] if gate_of else -1 for j in order)
     _mix_kernel[(n, chunks)](
         *given, weights.contiguous(), gates.least.contiguous(), gates.last.contiguous(), *masks, z, parts,
@@ -295,6 +295,6 @@ def mix(
             *given, floor[1].contiguous(), *masks, z, parts, n, width, chunks, words,
             floor[0], shifts is not None, bits is not None, block, power_of_two(chunks),
         )  # fmt: skip
-    changes, size = (unused,) * 5 if edits is None else edits, power_of_two(chunks)
+    changes, size = (unused,) * 5 if edits is None else [x.contiguous() for x in edits], power_of_two(chunks)
     _finish_kernel[(n,)](z, parts, best, lse, *changes, n, width, chunks, edits is not None, size, 256)
     return Mixed(z, best, lse)

@@ -82,7 +82,7 @@ def row_stats(source: Tensor, index: Tensor, width: int, *, kernel: bool | None 
     if not on_kernel(source, kernel):
         return row_stats_reference(source, index, width)
     source = source if source.stride(1) == 1 else source.contiguous()
-    n, block = index.shape[0], min(CHUNK, power_of_two(width, 32))
+    index, n, block = index.contiguous(), index.shape[0], min(CHUNK, power_of_two(width, 32))
     chunks = triton.cdiv(width, block)
     bests, sums = torch.empty(2, n, chunks, device=source.device)
     best, lse = torch.empty(2, n, device=source.device)

@@ -6,15 +6,29 @@ from collections.abc import Callable
 
 import torch
 
+from triton_kernels.cutoffs import Cutoffs, cutoffs
 from triton_kernels.distill_loss import KINDS, distill_loss
+from triton_kernels.draw import Residual, draw
 from triton_kernels.fusion_weights import fusion_weights
 from triton_kernels.lora import lora_
+from triton_kernels.mix import Edits, Gates, mix
 from triton_kernels.paged_attention import paged_attention
 from triton_kernels.preference_loss import token_logprobs
 from triton_kernels.rms_norm import rms_norm
 from triton_kernels.rope import rope
+from triton_kernels.row_stats import row_stats
+from triton_kernels.sample_verify import verify
 from triton_kernels.store_kv import store_kv
 from triton_kernels.swiglu import Activation, swiglu
+from triton_kernels.top_logprobs import top_logprobs
+
+
+def _cutoffs() -> None:
+    for dtype, rows in ((torch.float32, torch.int32), (torch.bfloat16, torch.int64)):
+        limits = (torch.ones(2), torch.ones(2, dtype=torch.int32), torch.ones(2), torch.ones(2))
+        x, index = torch.zeros(2, 4096, dtype=dtype), torch.zeros(2, dtype=rows)
+        cutoffs(x, index, 4096, *limits, kernel=True)
+        cutoffs(x, index, 4096, *limits, index.int(), kernel=True)
 
 
 def _distill_loss() -> None:
@@ -23,6 +37,14 @@ def _distill_loss() -> None:
         for kind in KINDS:
             distill_loss(hidden, weight, None, torch.zeros(2, 152_064), kind, per_position=True, kernel=True)
         distill_loss(hidden, weight, None, torch.zeros(2, 152_064, dtype=dtype), "lk", decay=3.0, kernel=True)
+
+
+def _draw() -> None:
+    z, ints, floats = torch.zeros(2, 4096), torch.zeros(2, dtype=torch.int32), torch.zeros(2)
+    given = (z, floats, Cutoffs(floats, ints, floats, floats), torch.zeros(2, 2, dtype=torch.int32))
+    draw(*given, kernel=True)
+    draw(*given, ints[:1], Residual(None, None, ints), kernel=True)
+    draw(*given, ints, Residual(z[:, :4000], ints, ints), kernel=True)
 
 
 def _fusion_weights() -> None:
@@ -37,6 +59,34 @@ def _lora() -> None:
         for tokens, rank in ((8, 16), (8, 64), (100, 8), (2000, 16), (2000, 64)):
             x, y = torch.zeros(tokens, 4096, dtype=dtype), torch.zeros(tokens, 4096, dtype=dtype)
             lora_(x, y, torch.zeros(tokens, dtype=torch.int32), table, rank)
+
+
+def _mix() -> None:
+    wide, narrow = torch.zeros(2, 4096), torch.zeros(2, 4100, dtype=torch.bfloat16)
+    index, weights = torch.zeros(3, 2, dtype=torch.int64), torch.zeros(2, 3)
+    mix([wide, narrow, narrow], index, 4096, weights, [0, 1, 2], kernel=True)
+    ints = torch.zeros(3, dtype=torch.int32)
+    gates = Gates([1, 2], [1, 2], torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.int32))
+    edits = Edits(ints, ints, torch.zeros(3), torch.zeros(3), torch.zeros(2, dtype=torch.bool))
+    masks = (torch.zeros(1, 128, dtype=torch.int32), ints[:2])
+    floor = (0, torch.zeros(2))
+    shifts = torch.zeros(3, 2)
+    mix(
+        [wide, narrow, narrow],
+        index,
+        4096,
+        weights,
+        [0, 1, 2],
+        shifts,
+        [-1, 0, 1],
+        gates,
+        floor,
+        *masks,
+        edits,
+        kernel=True,
+    )
+
+    mix([wide[:, :1]], index[:1, :1], 1, weights[:1, :1], [0], kernel=True)  # 1 is a constant to the compiler
 
 
 def _paged_attention() -> None:
@@ -80,6 +130,16 @@ def _rope() -> None:
         rope(q, k, cos[:, :64], cos[:, :64], interleaved=True, paired=True, kernel=True)
 
 
+def _row_stats() -> None:
+    row_stats(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), 1, kernel=True)
+    row_stats(torch.zeros(2, 4096, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32), 4096, kernel=True)
+
+
+def _sample_verify() -> None:
+    flags = torch.zeros(2, dtype=torch.bool)
+    verify(flags, torch.zeros(3, dtype=torch.int32), flags, kernel=True)
+
+
 def _store_kv() -> None:
     for dtype, dim in ((torch.bfloat16, 128), (torch.float32, 256), (torch.bfloat16, 80)):
         keys, values = torch.zeros(4, 2, dim, 16, dtype=dtype), torch.zeros(4, 2, 16, 64, dtype=dtype)
@@ -95,14 +155,26 @@ def _swiglu() -> None:
         swiglu(torch.zeros(3, 1000, dtype=dtype), torch.zeros(3, 1000, dtype=dtype), kernel=True)
 
 
+def _top_logprobs() -> None:
+    x, index = torch.zeros(2, 262144, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32)
+    top_logprobs(x, index, 262144, torch.zeros(2), index, 32, kernel=True)
+    top_logprobs(x.float(), index, 1000, torch.zeros(2), index, 1, kernel=True)
+
+
 CASES: dict[str, Callable[[], None]] = {
+    "cutoffs": _cutoffs,
     "distill_loss": _distill_loss,
+    "draw": _draw,
     "fusion_weights": _fusion_weights,
     "lora": _lora,
+    "mix": _mix,
     "paged_attention": _paged_attention,
     "preference_loss": _preference_loss,
     "rms_norm": _rms_norm,
     "rope": _rope,
+    "row_stats": _row_stats,
+    "sample_verify": _sample_verify,
     "store_kv": _store_kv,
     "swiglu": _swiglu,
+    "top_logprobs": _top_logprobs,
 }
