@@ -10,11 +10,11 @@ paper's sum over experts). Ties go to the smaller a, then the earlier expert. f 
 within a cell of the grid from below: `refine` tries 8 points in each expert's two most promising cells and takes what
 is strictly better. Tokens that some row cannot say are left out of all rows, and the rest is renormalised.
 
-Passes over the vocabulary, one launch each for all rows and experts: the sums behind F, G and the centres; the moments
-E_P[exp(a d)] and E_P[exp(a d) d] at all grid points; the same at the finer points, of rows that have any. Each reads
-every row once: (2 + m) n V values. What lies between is small and torch's: the partial sums of the vocabulary's parts
-are joined in fp64. Nothing waits for the device. The second pass takes an exponential a token and grid point, which on
-an H100 costs about as much as two reads of the rows.
+Launches: 3 that read every row once, (2 + m) n V values, for all rows and experts: the sums behind F, G and the
+centres; the moments E_P[exp(a d)] and E_P[exp(a d) d] at all grid points; the same at the finer points, of rows that
+have any. After each, one that joins its parts in fp64; between them about 50 of torch's on a few numbers a row. Nothing
+waits for the device. The second pass takes an exponential a token and grid point; by an H100's rates (not measured)
+these take about twice as long as its reads.
 """
 
 from __future__ import annotations
@@ -118,6 +118,46 @@ def _fusion_sums_kernel(
 
 
 @triton.jit
+def _joined(tops_ptr, totals_ptr, at, inside):
+    """Of parts, in fp64: the scale [PARTS] of each to the common top, the total of all, and its logarithm in full."""
+    tops = tl.load(tops_ptr + at, mask=inside, other=-1e38).to(tl.float64)
+    top = tl.max(tops, 0)
+    scale = tl.exp(tops - top)
+    # No usable token at all makes 0, of which there is no logarithm.
+    total = tl.maximum(tl.sum(scale * tl.load(totals_ptr + at, mask=inside, other=0.0), 0), 1e-300)
+    return tops, scale, total, top + tl.log(total)
+
+
+@triton.jit
+def _fusion_targets_kernel(
+    tops_ptr, totals_ptr, means_ptr, goals_ptr, level_ptr, centre_ptr, parts, EXPERTS: tl.constexpr, PARTS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    inside = tl.arange(0, PARTS) < parts
+    to = row * parts + tl.arange(0, PARTS)
+    at = to * (2 + EXPERTS)
+    _, p_scale, p_total, p_norm = _joined(tops_ptr, totals_ptr, at, inside)
+    q_tops, q_scale, q_total, q_norm = _joined(tops_ptr, totals_ptr, at + 1, inside)
+    p = p_scale * tl.load(totals_ptr + at, mask=inside, other=0.0)
+    q = q_scale * tl.load(totals_ptr + at + 1, mask=inside, other=0.0)
+    f, g = 0.0, 0.0
+    for i in tl.static_range(EXPERTS):
+        t_tops, t_scale, t_total, t_norm = _joined(tops_ptr, totals_ptr, at + 2 + i, inside)
+        t = t_scale * tl.load(totals_ptr + at + 2 + i, mask=inside, other=0.0)
+        offset = t_tops - q_tops  # what each part's d left out
+        mean_at = means_ptr + (to * EXPERTS + i) * 3
+        p_mean = tl.sum(p_scale * tl.load(mean_at, mask=inside, other=0.0) + p * offset, 0) / p_total
+        q_mean = tl.sum(q_scale * tl.load(mean_at + 1, mask=inside, other=0.0) + q * offset, 0) / q_total
+        t_mean = tl.sum(t_scale * tl.load(mean_at + 2, mask=inside, other=0.0) + t * offset, 0) / t_total
+        f += (t_mean - (t_norm - q_norm)) / EXPERTS
+        g += ((t_norm - q_norm) - q_mean) / EXPERTS
+        tl.store(centre_ptr + row * EXPERTS + i, p_mean)
+    tl.store(goals_ptr + row * 2, f)
+    tl.store(goals_ptr + row * 2 + 1, g)
+    tl.store(level_ptr + row, p_norm)
+
+
+@triton.jit
 def _fusion_moments_kernel(
     base_ptr, small_ptr, expert_ptrs, base_stride, small_stride, expert_strides, level_ptr, centre_ptr, alpha_ptr,
     alpha_stride, found_ptr, width, points, ALL: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr,
@@ -132,11 +172,11 @@ def _fusion_moments_kernel(
     usable, base, small = _usable(
         base_ptr, small_ptr, expert_ptrs, base_stride, small_stride, expert_strides, row, at, at < width
     )
-    base -= tl.load(level_ptr + row)
+    base -= tl.load(level_ptr + row).to(tl.float32)
     found_ptr += (row * tl.num_programs(1) + part) * experts * 3 * points
     for i in tl.static_range(experts):
         expert = tl.load(expert_ptrs[i] + row * expert_strides[i] + at, mask=usable, other=0.0).to(tl.float32)
-        d = expert - small - tl.load(centre_ptr + row * experts + i)
+        d = expert - small - tl.load(centre_ptr + row * experts + i).to(tl.float32)
         for first in range(0, points, CELL):
             point = i * points + first + tl.arange(0, CELL)
             alpha = tl.load(alpha_ptr + point)  # [CELL]
@@ -149,6 +189,33 @@ def _fusion_moments_kernel(
                 tl.store(to, top)
                 tl.store(to + points, tl.sum(tilted, 1))
                 tl.store(to + 2 * points, tl.sum(tilted * d[None, :], 1))
+
+
+@triton.jit
+def _fusion_divergences_kernel(
+    found_ptr, alpha_ptr, alpha_stride, level_ptr, centre_ptr, f_ptr, g_ptr, tiles, points, TILES: tl.constexpr,
+    CELL: tl.constexpr,
+):  # fmt: skip
+    row, i, experts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    point = tl.program_id(2) * CELL + tl.arange(0, CELL)
+    alpha = tl.load(alpha_ptr + row * alpha_stride + i * points + point).to(tl.float64)  # [CELL]
+    to = (row * experts + i) * points + point
+    if tl.max(alpha, 0) < 0:
+        return
+    tile = tl.arange(0, TILES)
+    at = found_ptr + ((row * tiles + tile[:, None]) * experts + i) * 3 * points + point[None, :]  # [TILES, CELL]
+    inside = (tile < tiles)[:, None]
+    tops = tl.load(at, mask=inside, other=-1e38).to(tl.float64)
+    top = tl.max(tops, 0)
+    scale = tl.exp(tops - top[None, :])
+    total = tl.sum(scale * tl.load(at + points, mask=inside, other=0.0), 0)
+    mean = tl.sum(scale * tl.load(at + 2 * points, mask=inside, other=0.0), 0) / total
+    # Level and centre were rounded for the moments.
+    level, centre = tl.load(level_ptr + row), tl.load(centre_ptr + row * experts + i)
+    left = centre.to(tl.float32).to(tl.float64) - centre
+    g = top + tl.log(total) + (level.to(tl.float32).to(tl.float64) - level) + alpha * left
+    tl.store(f_ptr + to, alpha * (mean + left) - g)
+    tl.store(g_ptr + to, g)
 
 
 def fusion_weights(
@@ -183,49 +250,33 @@ def fusion_weights(
 def _evidence(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor, Divergences]:
     """F and G [n] in fp64, and the moments' launches."""
     n, width = rows[0].shape
-    m, parts, device = len(rows) - 2, triton.cdiv(width, _PART), rows[0].device
-    strides = tuple(row.stride(0) for row in rows)
+    m, parts, tiles = len(rows) - 2, triton.cdiv(width, _PART), triton.cdiv(width, _TILE)
+    device, strides = rows[0].device, tuple(row.stride(0) for row in rows)
     given = (rows[0], rows[1], tuple(rows[2:]), strides[0], strides[1], strides[2:])
-    tops = torch.empty(n, parts, 2 + m, device=device)
-    totals, means = torch.empty_like(tops), torch.empty(n, parts, m, 3, device=device)
+    tops, means = torch.empty(n, parts, 2 + m, device=device), torch.empty(n, parts, m, 3, device=device)
+    totals = torch.empty_like(tops)
     _fusion_sums_kernel[(n, parts)](*given, tops, totals, means, width, _PART, num_warps=8)
-    wide = tops.double()
-    top = wide.amax(1, keepdim=True)
-    scale = torch.exp(wide - top)
-    total = (totals * scale).sum(1)  # [n, 2 + m]
-    log_z = top[:, 0] + torch.log(total)
-    offset = wide[:, :, 2:] - wide[:, :, 1:2]  # what each part's d left out: [n, parts, m]
-
-    def mean(of: int, under: slice) -> Tensor:
-        """E[d] under the base, the small model or each expert: [n, m]."""
-        sums = means[..., of].double() * scale[:, :, under] + totals[:, :, under] * scale[:, :, under] * offset
-        return sums.sum(1) / total[:, under]
-
-    shift = log_z[:, 2:] - log_z[:, 1:2]  # [n, m]
-    exact = mean(0, slice(0, 1))
-    f, g = (mean(2, slice(2, None)) - shift).mean(1), (shift - mean(1, slice(1, 2))).mean(1)
-    level, centre = log_z[:, 0].float(), exact.float()
-    lost = (level - log_z[:, 0])[:, None, None], (centre - exact)[:, :, None]  # by the casts
-
-    tiles = triton.cdiv(width, _TILE)
+    goals = torch.empty(n, 2, device=device, dtype=torch.float64)
+    level, centre = torch.empty_like(goals[:, 0]), goals.new_empty(n, m)
+    _fusion_targets_kernel[(n,)](tops, totals, means, goals, level, centre, parts, m, power_of_two(parts))
 
     def divergences(alphas: Tensor) -> tuple[Tensor, Tensor]:
-        points = triton.cdiv(alphas.shape[2], _CELL) * _CELL
+        cells = triton.cdiv(alphas.shape[2], _CELL)
+        points = cells * _CELL
         padded = torch.nn.functional.pad(alphas.float(), (0, points - alphas.shape[2]), value=-1.0).contiguous()
+        stride = 0 if len(padded) == 1 else m * points
         found = torch.empty(n, tiles, m, 3, points, device=device)
         _fusion_moments_kernel[(n, tiles)](
-            *given, level, centre, padded, 0 if len(padded) == 1 else m * points, found, width, points,
-            power_of_two(m * points), _CELL, _TILE, num_warps=8,
+            *given, level, centre, padded, stride, found, width, points, power_of_two(m * points), _CELL, _TILE,
+            num_warps=8,
         )  # fmt: skip
-        top, total, weighted = found[..., : alphas.shape[2]].double().unbind(3)  # [n, tiles, m, K]
-        highest = top.amax(1, keepdim=True)
-        scale = torch.exp(top - highest)
-        total, weighted = (total * scale).sum(1), (weighted * scale).sum(1)  # [n, m, K]
-        a = padded[..., : alphas.shape[2]].double()
-        g = highest[:, 0] + torch.log(total) + lost[0] + a * lost[1]
-        return a * (weighted / total + lost[1]) - g, g
+        f, g = torch.empty(2, n, m, points, device=device, dtype=torch.float64).unbind(0)
+        _fusion_divergences_kernel[(n, m, cells)](
+            found, padded, stride, level, centre, f, g, tiles, points, power_of_two(tiles), _CELL
+        )
+        return f[..., : alphas.shape[2]], g[..., : alphas.shape[2]]
 
-    return f, g, divergences
+    return goals[:, 0], goals[:, 1], divergences
 
 
 def _solve(

@@ -66,11 +66,10 @@ def exact_loss(
     return (kl(fused, p) - f) ** 2 + (kl(p, fused) - g) ** 2
 
 
-@pytest.mark.parametrize("width", [1, 7, 300, 1025, 5000])
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("width", "count"), [(1, 1), (7, 3), (300, 1), (300, 3), (1025, 3), (2100, 1)])
 @pytest.mark.parametrize("refine", [False, True])
 def test_the_kernels_solve_as_the_solver_does(width: int, count: int, refine: bool) -> None:
-    check(fusion_weights, rows(width, 3, 2 + count, width), refine)
+    check(fusion_weights, rows(width, 2, 2 + count, width), refine)
 
 
 @pytest.mark.parametrize("refine", [False, True])
@@ -83,11 +82,11 @@ def test_the_reference_is_the_solver(refine: bool) -> None:
 
 @pytest.mark.parametrize("scale", [0.1, 40.0])
 def test_rows_that_nearly_agree_and_rows_far_apart(scale: float) -> None:
-    check(fusion_weights, rows(5, 3, 4, 1500, scale), refine=True)
+    check(fusion_weights, rows(5, 2, 3, 1500, scale), refine=True)
 
 
 def test_a_coarse_grid_and_one_point() -> None:
-    given = rows(6, 3, 3, 100)
+    given = rows(6, 2, 3, 100)
     check(fusion_weights, given, refine=True, step=2.0)  # two points, one cell
     check(fusion_weights, given, refine=True, step=0.5)
     alpha, _, _ = fusion_weights(given[0], given[1], given[2:], 0.0, 0.1, True, kernel=True)
@@ -95,29 +94,36 @@ def test_a_coarse_grid_and_one_point() -> None:
 
 
 def test_closed_forms() -> None:
-    base, small, expert = rows(7, 8, 3, 3000)
+    base, small, expert = rows(7, 3, 3, 1100)
     alpha, chosen, loss = fusion_weights(base, base, [expert], 2.0, 0.1, True, kernel=True)
-    assert torch.equal(alpha, torch.ones(8))  # small = base: the expert itself, and no loss
+    assert torch.equal(alpha, torch.ones(3))  # small = base: the expert itself, and no loss
     assert loss.max() < (20 * EPS * 40) ** 2
     assert (chosen == 0).all()
     alpha, chosen, _ = fusion_weights(base, small, [small, small], 2.0, 0.1, True, kernel=True)
-    assert torch.equal(alpha, torch.zeros(8))  # experts that change nothing
+    assert torch.equal(alpha, torch.zeros(3))  # experts that change nothing
     assert (chosen == 0).all()  # ties: the earlier
 
 
 @pytest.mark.parametrize("refine", [False, True])
 def test_tokens_that_some_row_cannot_say_are_left_out(refine: bool) -> None:
-    given = rows(8, 4, 4, 2500)
-    given[0][:, 2100:], given[1][:, 2050:2200], given[3][:, 7] = -torch.inf, -torch.inf, -torch.inf
-    given[2][0, 3], given[2][1, :1100], given[3][2, 9] = torch.nan, -torch.inf, torch.inf
+    given = rows(8, 3, 3, 2100)
+    given[0][:, 2060:], given[1][:, 2048:2070], given[2][:, 7] = -torch.inf, -torch.inf, -torch.inf
+    given[2][0, 3], given[2][1, :1100], given[0][2, 9] = torch.nan, -torch.inf, torch.inf
     check(fusion_weights, given, refine)
+    none = [row.clone() for row in given]
+    none[2][1] = torch.nan  # a row without any token: no answer, and no harm to the others
+    alpha, expert, _ = fusion_weights(none[0], none[1], none[2:], 2.0, 0.1, refine, kernel=True)
+    want = fusion_weights(given[0], given[1], given[2:], 2.0, 0.1, refine, kernel=True)
+    assert alpha[1] == expert[1] == 0
+    for row in (0, 2):
+        assert (alpha[row], expert[row]) == (want[0][row], want[1][row])
 
 
 @pytest.mark.parametrize("shift", [-30.0, 30.0])
 def test_offsets_of_raw_logits_change_nothing(shift: float) -> None:
-    given = rows(9, 4, 4, 1200)
+    given = rows(9, 2, 3, 1000)
     want = fusion_weights(given[0], given[1], given[2:], 2.0, 0.1, False, kernel=True)
-    for i in range(4):
+    for i in range(3):
         moved = [row + shift if j == i else row for j, row in enumerate(given)]
         found = fusion_weights(moved[0], moved[1], moved[2:], 2.0, 0.1, False, kernel=True)
         assert torch.equal(found[0], want[0])
@@ -126,9 +132,9 @@ def test_offsets_of_raw_logits_change_nothing(shift: float) -> None:
 
 
 def test_strided_rows_low_precision_and_no_rows() -> None:
-    wide = rows(10, 6, 3, 700)
+    wide = rows(10, 4, 3, 700)
     check(fusion_weights, [row[::2, :333] for row in wide], refine=True)
-    check(fusion_weights, [row.t().contiguous().t() for row in wide], refine=True)
+    check(fusion_weights, [row[:1].t().contiguous().t() for row in wide], refine=False)
     low = [row.bfloat16() for row in wide]
     alpha, _, _ = fusion_weights(low[0], low[1], low[2:], 2.0, 0.1, False, kernel=True)
     want, _, _ = fusion_weights(*(row.float() for row in low[:2]), [low[2].float()], 2.0, 0.1, False, kernel=True)
@@ -139,7 +145,7 @@ def test_strided_rows_low_precision_and_no_rows() -> None:
 
 
 def test_the_solver_asks_the_kernels_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    base, small, *experts = rows(11, 5, 4, 200)
+    base, small, *experts = rows(11, 3, 4, 200)
     asked: list[bool] = []
 
     def spy(*args: object, kernel: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -147,9 +153,9 @@ def test_the_solver_asks_the_kernels_where_it_is_told_to(monkeypatch: pytest.Mon
         return fusion_weights(*args, kernel=kernel)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "fusion_weights", spy)
-    weights = Fusion(kernel=True).weights([base, small, *experts], [None] * 5, torch.zeros(200, dtype=torch.bool))
+    weights = Fusion(kernel=True).weights([base, small, *experts], [None] * 3, torch.zeros(200, dtype=torch.bool))
     assert asked == [True]
-    want = Fusion().weights([base, small, *experts], [None] * 5, torch.zeros(200, dtype=torch.bool))
+    want = Fusion().weights([base, small, *experts], [None] * 3, torch.zeros(200, dtype=torch.bool))
     assert asked == [True]
     torch.testing.assert_close(weights, want)
 
@@ -170,15 +176,22 @@ def test_rows_that_do_not_fit_are_refused() -> None:
         ("tl.sum(q * d, 0))", "tl.sum(p * d, 0))"),
         ("expert - small - tl.load(centre_ptr + row * experts + i)", "expert - small"),
         ("tl.sum(tilted * d[None, :], 1)", "tl.sum(tilted, 1)"),
-        ("alpha_ptr += row * alpha_stride", "alpha_ptr += alpha_stride * 0"),
-        ("point = i * points + first", "point = first"),
-        ("tiles = triton.cdiv(width, _TILE)", "tiles = width // _TILE"),
+        ("p * offset", "offset"),
+        ("alpha * left", "alpha * centre"),
+        ("alpha_ptr + row * alpha_stride + i", "alpha_ptr + i"),
+        ("totals_ptr, at + 2 + i, inside", "totals_ptr, at + 2, inside"),
+        ("triton.cdiv(width, _TILE)", "width // _TILE"),
     ],
 )
 def test_broken_kernels_are_noticed(old: str, new: str, tmp_path: Path) -> None:
     broken = mutated(Path(module.__file__), old, new, tmp_path).fusion_weights
-    given = rows(13, 3, 4, 2500)
+    given = rows(13, 2, 4, 2100)
     given[3][:, 100:200] = -torch.inf
-    check(fusion_weights, given, refine=True)
     with pytest.raises(AssertionError):
         check(broken, given, refine=True)
+
+
+def test_the_kernels_pass_what_broken_ones_fail() -> None:
+    given = rows(13, 2, 4, 2100)
+    given[3][:, 100:200] = -torch.inf
+    check(fusion_weights, given, refine=True)
