@@ -46,7 +46,7 @@ class DeviceRows:
     ) -> Tensor:
         """See `TorchRows.mix`. floor: a track, and each row's least ratio to its best token.
 
-        masks: each row's allowed tokens [W] bool, None for all. The others are -inf in the sum.
+        masks: each row's allowed tokens [W] bool, None for all.
         """
         logs, device = None, weights.device
         if floor is not None:
@@ -55,7 +55,7 @@ class DeviceRows:
         known = [mask[: self._width] for mask in masks if mask is not None]
         bits = mask_of = None
         if known:
-            bits = _packed(torch.stack(known))
+            bits = packed(torch.stack(known))
             places = iter(range(len(known)))
             own = [-1 if mask is None else next(places) for mask in masks]
             mask_of = torch.tensor(own, dtype=torch.int32).to(device)
@@ -80,6 +80,7 @@ class DeviceRows:
             logs,
             bits,
             mask_of,
+            hide=False,
             kernel=self._kernel,
         )
         return found.z
@@ -93,7 +94,7 @@ class DeviceRows:
         return cut.least, cut.last
 
 
-def _packed(masks: Tensor) -> Tensor:
+def packed(masks: Tensor) -> Tensor:
     """[M, W] bool to [M, ceil(W / 32)] int32, bit v % 32 of word v // 32 for id v."""
     padded = torch.nn.functional.pad(masks, (0, -masks.shape[1] % 32)).view(len(masks), -1, 32)
     powers = torch.ones(32, dtype=torch.int64, device=masks.device) << torch.arange(32, device=masks.device)

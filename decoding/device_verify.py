@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from decoding.accept import Check, evidence, rows_of, unfiltered_rows
+from decoding.device_process import process_on_device
 from decoding.events import TokenLogprob
 from decoding.noise import Lane, key_halves
 from decoding.rules import RULES
-from decoding.sampling import Drawn, Position, process, processes, reported
+from decoding.sampling import Drawn, Position, processes, reported
 from triton_kernels.cutoffs import Cutoffs, cutoffs
 from triton_kernels.draw import Residual, draw
 from triton_kernels.row_stats import row_stats
@@ -79,8 +80,8 @@ def verify_on_device(
     before = [row for row in touched if row in report]
     saved = z[_ids(before, z.device)]  # log-probs are of the rows before the processors
     unfiltered = unfiltered_rows(z, checks)
-    for row in touched:
-        process(z[row], places[row])
+    if touched:
+        process_on_device(z, touched, [places[row] for row in touched], kernel)
     every = torch.arange(len(z), dtype=torch.int32, device=z.device)
     limits = (params.temperature, params.top_k, params.top_p, params.min_p)
     cut = cutoffs(z, every, z.shape[1], *limits, params.drafts, kernel=kernel)

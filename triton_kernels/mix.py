@@ -74,6 +74,7 @@ def mix_reference(
     bits: Tensor | None = None,
     mask_of: Tensor | None = None,
     edits: Edits | None = None,
+    hide: bool = True,
 ) -> Mixed:
     """See `mix`."""
     raw = [x[i.long(), :width].float() for x, i in zip(tracks, index)]  # [n, W] each
@@ -102,7 +103,8 @@ def mix_reference(
         best = by.masked_fill(~allowed | (z == -torch.inf), -torch.inf).amax(1)
         z = z.masked_fill(by < (best + floor[1])[:, None], -torch.inf)
     best, lse = z.amax(1), torch.logsumexp(z, 1)
-    z = z.masked_fill(~allowed, -torch.inf)
+    if hide:
+        z = z.masked_fill(~allowed, -torch.inf)
     if edits is not None:
         row = torch.repeat_interleave(torch.arange(n, device=device), edits.start.long().diff())
         at = edits.ids.long()
@@ -251,6 +253,7 @@ def mix(
     bits: Tensor | None = None,
     mask_of: Tensor | None = None,
     edits: Edits | None = None,
+    hide: bool = True,
     *,
     kernel: bool | None = None,
 ) -> Mixed:
@@ -259,8 +262,8 @@ def mix(
     tracks: [R_t, V_t] each, fp32, bf16 or fp16; index [T, n] int32 or int64. weights [n, J] fp32 of J terms, `terms`
     the track of each. shifts [T, n] fp32: taken from the tracks' rows (`row_stats`). gate_of: of each term its gate, or
     -1. floor: (track, log of the ratio [n] fp32, -inf for rows without). bits [M, at least W / 32] int32 and mask_of
-    [n] int32, -1 for rows without: id v is allowed if bit v % 32 of word v // 32 is set. Raises ValueError if the
-    shapes do not fit.
+    [n] int32, -1 for rows without: id v is allowed if bit v % 32 of word v // 32 is set. hide False: masks say where
+    the floor's best token is looked for, and are not applied. Raises ValueError if the shapes do not fit.
     """
     n = index.shape[1]
     if index.shape[0] != len(tracks) or weights.shape != (n, len(terms)) or any(x.shape[1] < width for x in tracks):
@@ -268,7 +271,9 @@ def mix(
     if (bits is None) != (mask_of is None) or (bits is not None and 32 * bits.shape[1] < width):
         raise ValueError("mix: masks and the numbers of the rows' masks do not fit")
     if not on_kernel(weights, kernel):
-        return mix_reference(tracks, index, width, weights, terms, shifts, gate_of, gates, floor, bits, mask_of, edits)
+        return mix_reference(
+            tracks, index, width, weights, terms, shifts, gate_of, gates, floor, bits, mask_of, edits, hide
+        )
     words = 0 if bits is None else bits.shape[1]
     order = _order(terms, gate_of)
     gates = gates or Gates((), (), weights, weights)
@@ -288,12 +293,12 @@ def mix(
         *given, weights.contiguous(), gates.least.contiguous(), gates.last.contiguous(), *masks, z, parts,
         n, width, chunks, words,
         tuple(terms[j] for j in order), tuple(order), of, tuple(gates.tracks), tuple(gates.outside),
-        -1 if floor is None else floor[0], shifts is not None, bits is not None, block,
+        -1 if floor is None else floor[0], shifts is not None, bits is not None and (hide or floor is not None), block,
     )  # fmt: skip
     if floor is not None:
         _floor_kernel[(n, chunks)](
             *given, floor[1].contiguous(), *masks, z, parts, n, width, chunks, words,
-            floor[0], shifts is not None, bits is not None, block, power_of_two(chunks),
+            floor[0], shifts is not None, bits is not None and hide, block, power_of_two(chunks),
         )  # fmt: skip
     changes, size = (unused,) * 5 if edits is None else [x.contiguous() for x in edits], power_of_two(chunks)
     _finish_kernel[(n,)](z, parts, best, lse, *changes, n, width, chunks, edits is not None, size, 256)

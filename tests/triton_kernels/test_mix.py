@@ -81,6 +81,7 @@ def cases() -> dict[str, dict[str, Any]]:
         "one": {**base, "tracks": rows[:1], "index": index[:1].int(), "weights": weights[:, :1], "terms": [0]},
         "masks and edits": base | masks | {"edits": some_edits()},
         "floor": base | floor | {"shifts": shift},
+        "floor among the allowed": base | floor | masks | {"shifts": shift, "hide": False},
         "floor, masks and edits": base | floor | masks | {"shifts": shift, "edits": some_edits()},
     }
     for name, outside in OUTSIDE.items():
