@@ -75,14 +75,12 @@ def cutoffs_reference(
     keep &= odd | (top_p[:, None] >= 1) | (rank == 0) | (before < top_p[:, None].double() * mass.sum(1, keepdim=True))
     keep &= odd | (d >= min_p[:, None].double().log().clamp_max(0.0))
     at = (keep.sum(1, keepdim=True) - 1).clamp_min(0)
-    plain |= empty
-    least = values.gather(1, at).masked_fill(plain, -torch.inf)
-    last = ids.gather(1, at).masked_fill(plain, width)
-    mass = d.exp() * keep
-    total, prob = mass.sum(1).log(), None
+    least = values.gather(1, at).masked_fill(plain | empty, -torch.inf)[:, 0]
+    last = ids.gather(1, at).masked_fill(plain | empty, width)[:, 0].int()
+    mass, prob = d.exp() * keep, None
     if chosen is not None:
-        prob = (torch.where(ids == chosen[:, None], mass, 0.0).sum(1) / mass.sum(1).clamp_min(1e-37)).float()
-    return Cutoffs(least[:, 0], last[:, 0].int(), best[:, 0], total.float(), prob)
+        prob = ((mass * (ids == chosen[:, None])).sum(1) / mass.sum(1).clamp_min(1e-37)).float()
+    return Cutoffs(least, last, best[:, 0], mass.sum(1).log().float(), prob)
 
 
 @triton.jit
@@ -202,8 +200,7 @@ def _cutoffs_kernel(
             mass_hi = tl.full([], 0.0, tl.float32)
             bottom = tl.where(weighs, tl.maximum(low, top - 87.0 * scale), low)
             turn = tl.full([], 0, tl.int32)
-            if base > 0:
-                size = tl.full([], -1, tl.int32)  # the last list began below some of what is kept
+            size = tl.where(base > 0, -1, size)  # the last list began below some of what is kept
             while (size < 0) & (hi - lo > 1) & (at_lo - at_hi > LIST):
                 pivots = _pivots(turn, lo, hi, top, bottom, PIVOTS)
                 masses, counts = _weigh(row, width, pivots, top, scale, PIVOTS, BLOCK)

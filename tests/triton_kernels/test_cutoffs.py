@@ -46,19 +46,26 @@ def wanted(z: Tensor, rows: list[Limits]) -> Tensor:
 
 
 def check(source: Tensor, index: Tensor, width: int, rows: list[Limits], module: ModuleType = subject) -> None:
-    cut = module.cutoffs(source, index, width, *limits(*rows), kernel=True)
+    chosen = (7 * torch.arange(len(rows)) - 1).int() % width
+    chosen[1::5] = -1
+    cut = module.cutoffs(source, index, width, *limits(*rows), chosen, kernel=True)
     z = source[index.long(), :width].float()
     mask = kept(z, cut)
     assert torch.equal(mask, wanted(z, rows))
     assert torch.equal(cut.best, z.amax(1))
     assert not cut.total.isnan().any()
-    for row, (t, *_), got, keep, best in zip(z.double(), rows, cut.total.double(), mask, cut.best.double()):
+    for row, (t, *_), got, keep, best, token, prob in zip(
+        z.double(), rows, cut.total.double(), mask, cut.best.double(), chosen, cut.prob.double()
+    ):
         if not keep.any():
-            assert got == -torch.inf
+            assert (got, prob) == (-torch.inf, 0.0)
             continue
         exact = torch.logsumexp(((row - best) / (t or 1.0))[keep], 0)
         # A sum of fp32 terms by lanes and then as a tree: a few roundings of 6e-8 each, and those of exp.
         assert abs(float(got - exact)) < 1e-6 * max(1.0, float(exact)), (got, exact)
+        want = ((row[token] - best) / (t or 1.0) - exact).exp() if token >= 0 and keep[token] else 0.0
+        # Its exponent has a rounding of the number it is, at most 87 here.
+        assert abs(float(prob - want)) <= 6e-6 * float(want) + 1e-37
 
 
 def shapes(width: int) -> list[Tensor]:
@@ -172,7 +179,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         ("mass_middle = base_mass + ", "mass_middle = ", WIDE[0]),
         ("mass = mass_hi + ties.to(tl.float32) * one", "mass = mass_hi + one", WIDE[1]),
         ("at_middle.to(tl.float32)) >= target", "at_middle.to(tl.float32)) > target", WIDE[3]),
-        ("size = tl.full([], -1, tl.int32)  # the last", "size = size  # the last", WIDE[1]),
+        ("size = tl.where(base > 0, -1, size)", "size = size", WIDE[1]),
         ("bound = top + ", "bound = ", WIDE[2]),
     ],
 )
