@@ -144,13 +144,14 @@ def _decide(
     closing = [i for i, c in enumerate(checks) if c.weighs]
     if closing:
         at = _ids(closing, device)
-        left = Residual(q, q_row, params.removed)
+        whole = [row for c in checks if c.drafts and not c.rule.residual for row in rows_of(c)]
+        left = Residual(q, q_row.index_fill(0, _ids(whole, device), -1), params.removed)
         final[at] = draw(z, params.temperature, cut, params.keys, row[at], left, kernel=kernel)
     return length, final, exact
 
 
 def _drafted_from(z: Tensor, checks: Seq[Check]) -> tuple[Tensor, Tensor]:
-    """Drafters' distributions [D, W], and which of them a refused row leaves out: [n] int32, -1 for none."""
+    """Drafters' distributions [D, W], and which of them each row's draft was drawn from: [n] int32, -1 for none."""
     made: list[Tensor] = []
     place = [-1] * len(z)
     for c in checks:

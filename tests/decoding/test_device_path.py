@@ -129,7 +129,7 @@ def test_samples_without_seeds_follow_the_policy(draft: str | None) -> None:
     engine = table_engine(fakes(1.0), dataclasses.replace(CONFIG, kernels="reference"))
     engine._decider._generator.manual_seed(1)
     (one,) = requests(CASES[:1], temperature=1.0, max_tokens=2, top_k=8, logprobs=None)
-    made = [dataclasses.replace(one, id=str(i), n=64) for i in range(25)]
+    made = [dataclasses.replace(one, id=str(i), n=64) for i in range(15)]
     told, _ = play(engine, made if draft is None else drafting(made, draft, 2, "rejection"))
     base = models(scale=1.0)["base"]
     z = base.row([*one.prompts[0]])
