@@ -132,9 +132,11 @@ def difference(found: Any, wanted: Any) -> float:
         if not want.is_floating_point():
             worst = max(worst, float((got != want).float().mean()))
             continue
-        same = got == want  # infinities among them
-        gap = torch.where(same, 0.0, got.double() - want.double()).norm()
-        worst = max(worst, float(gap / torch.where(same & want.isinf(), 0.0, want.double()).norm().clamp_min(1e-12)))
+        finite = got.isfinite() & want.isfinite()
+        if not bool((finite | (got == want)).all()):  # infinities must be the same ones; NaN never is
+            return float("inf")
+        got, want = torch.where(finite, got.double(), 0.0), torch.where(finite, want.double(), 0.0)
+        worst = max(worst, float((got - want).norm() / want.norm().clamp_min(1e-12)))
     return worst
 
 
