@@ -17,17 +17,21 @@ def draw(result: dict[str, Any], out: Path) -> list[str]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, grid = pyplot.subplots(len(result["bases"]), 2, figsize=(12, 4 * len(result["bases"])), squeeze=False)
+    figure, grid = pyplot.subplots(len(result["bases"]), 2, figsize=(14, 4 * len(result["bases"])), squeeze=False)
     for (base, found), (left, right) in zip(result["bases"].items(), grid, strict=True):
         steps = found["settings"]["default"]
         _bars(left, steps, {batch: bound["plain"] for batch, bound in found["bound_ms"].items()})
         left.set_title(f"{base}, {result['device']}: a decode step")
         for kind in ("drafter", "prediction"):
             for batch, sides in steps.items():
-                named = [(name, side) for name, side in sides.items() if name.startswith(kind) and "step_ms" in side]
-                fixed = [(name, side) for name, side in named if not name.endswith("auto")]
-                points = sorted((s["acceptance"], sides["plain"]["step_ms"] / s["step_ms"]) for _, s in fixed)
-                right.plot(*zip(*points, strict=True), marker="o", label=f"{kind}, batch {batch}")
+                plain = sides.get("plain", {}).get("step_ms")
+                drafted = [
+                    (side["acceptance"], plain / side["step_ms"])
+                    for name, side in sides.items()
+                    if name.startswith(kind) and not name.endswith("auto") and plain and "step_ms" in side
+                ]
+                if drafted:
+                    right.plot(*zip(*sorted(drafted), strict=True), marker="o", label=f"{kind}, batch {batch}")
         right.axhline(1.0, color="grey", linewidth=0.8)
         right.set(xlabel="acceptance, measured", ylabel="speed-up over plain", title=f"{base}: four drafts a pass")
         right.legend(fontsize="small")
@@ -50,5 +54,5 @@ def _bars(axes: Any, steps: dict[str, Any], bound: dict[str, float]) -> None:
             bound[batch], j - width / 2, j + 0.8 - width / 2, color="black", label=None if j else "bound, plain"
         )
     axes.set_xticks([j + 0.4 - width / 2 for j in range(len(steps))], [f"batch {batch}" for batch in steps])
-    axes.set(ylabel="ms", yscale="log")
-    axes.legend(fontsize="small")
+    axes.set_ylabel("ms")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))

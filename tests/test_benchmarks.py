@@ -57,9 +57,7 @@ def test_every_kernel_that_is_there_has_cases() -> None:
     assert {path.stem for path in (ROOT / "triton_kernels").glob("*.py")} <= measured | helpers
 
 
-def test_quick_compares_a_kernel_in_the_interpreter(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
-) -> None:
+def test_quick_tries_a_kernel_and_writes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     monkeypatch.setattr(
         sys, "argv", ["kernels", "--quick", "--kernel", "rms_norm", "--out", str(tmp_path / "out.json")]
     )
