@@ -21,14 +21,23 @@ class Timing:
 
 
 class _Stamps(StoppingCriteria):  # type: ignore[misc]
-    """Never stops; notes the time of every new token."""
+    """Never stops; notes the time of every new token. On a device, only the first and the last have been waited for."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
         self.times: list[float] = []
+        self._count = count
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if len(self.times) in (0, self._count - 1):
+            wait_for(input_ids.device)
         self.times.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def wait_for(device: torch.device) -> None:
+    """Until everything that was launched there is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def load_peer(path: Path) -> Any:
@@ -37,11 +46,11 @@ def load_peer(path: Path) -> Any:
 
 
 @torch.inference_mode()
-def hf_generate(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> Timing:
-    """Greedy `generate` of a batch of equally long prompts, `new_tokens` each."""
-    stamps = _Stamps()
+def hf_generate(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, **options: Any) -> Timing:
+    """Greedy `generate` of a batch of equally long prompts, `new_tokens` each; `options` are its own."""
+    stamps = _Stamps(new_tokens)
     began = time.perf_counter()
-    ids = torch.tensor([list(prompt) for prompt in prompts])
+    ids = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -49,6 +58,7 @@ def hf_generate(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -
         min_new_tokens=new_tokens,
         do_sample=False,
         stopping_criteria=StoppingCriteriaList([stamps]),
+        **options,
     )
     total = time.perf_counter() - began
     return Timing((stamps.times[-1] - stamps.times[0]) / (new_tokens - 1), total)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Any
 
 from decoding.admit import Hosted
 from decoding.core import BadRequest, EngineFailure, FinishReason, ModelLoadError, ModelSpec, Request
@@ -60,6 +61,35 @@ def load_models(
         kind = "causal" if spec.kind == "adapter" else spec.kind
         hosted[spec.id] = Hosted(runner, texts[spec.id], spec.kv_memory, adapter, kind, spec)
     return hosted
+
+
+def host(
+    id: str,
+    model: Any,
+    tokenizer: Any,
+    *,
+    max_model_len: int | None = None,
+    compile: bool = True,
+    self_check: bool = True,
+) -> Hosted:
+    """A causal LM that is in memory, served where and as it is: `Engine({"base": host("base", model, tokenizer)})`.
+
+    model: a transformers PreTrainedModel, which the engine takes over; tokenizer: a transformers tokenizer. Raises
+    ModelLoadError for a model that would not be served exactly, as `load_models` does.
+    """
+    from decoding.host_gate import causal_class, context_limit
+    from decoding.models import host_model
+    from decoding.selfcheck import check_twin
+    from decoding.text import TextModel
+
+    kind, length = causal_class(model.config), context_limit(model.config, max_model_len)
+    if self_check:
+        check_twin(kind, model.config)
+    runner = host_model(model, id, length, compile=compile, self_check=self_check)
+    eos = model.config.eos_token_id
+    eos_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    text = TextModel(id, tokenizer, eos_ids=eos_ids, max_length=runner.max_model_len)
+    return Hosted(runner, text)
 
 
 def load_judges(specs: Iterable[ModelSpec], hosted: Mapping[str, Hosted]) -> dict[str, JudgeHead]:

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig
 
 from decoding.core import SCORERS, ModelLoadError, ModelSpec
-from decoding.heads import has_head, read_head_model
+from decoding.heads import HeadModel, has_head, read_head_model
 from decoding.host_gate import causal_class, context_limit
 from decoding.runner import Runner
 from decoding.selfcheck import check_head, check_twin, check_weights, own_logits
@@ -54,12 +54,30 @@ def _load(spec: ModelSpec, compile: bool, self_check: bool, adapters: bool) -> R
     if self_check:
         check_twin(kind, config, True, device)
     model: Any = read_head_model(spec, config, dtype) if scores else read_weights(spec, kind, config, dtype)
-    model = model.eval().to(device)
-    ids = torch.arange(2 * PROMPT_TOKENS, device=device).view(2, -1) * 7919 % int(model.config.vocab_size)
+    return host_model(
+        model.eval().to(device), spec.id, length, compile=compile, self_check=self_check, adapters=adapters
+    )
+
+
+def host_model(
+    model: Any,
+    id: str,
+    max_model_len: int | None = None,
+    *,
+    compile: bool = True,
+    self_check: bool = True,
+    adapters: bool = False,
+) -> Runner:
+    """A runner of a model that is in memory, on its device and in its dtype; it takes the model over.
+
+    model: a PreTrainedModel or HeadModel. With `self_check`, its logits are compared with its own forward first. Raises
+    ModelLoadError when they differ or its attention cannot be hosted.
+    """
+    ids = torch.arange(2 * PROMPT_TOKENS, device=model.device).view(2, -1) * 7919 % int(model.config.vocab_size)
     expected = own_logits(model, ids) if self_check else None
-    if scores and expected is not None:
+    if expected is not None and isinstance(model, HeadModel):
         check_head(model, expected, ids)
-    runner = Runner(model, spec.id, length, compile=compile, adapters=adapters)
+    runner = Runner(model, id, max_model_len, compile=compile, adapters=adapters)
     if expected is not None:
         runner.allocate(2, PROMPT_TOKENS)
         try:

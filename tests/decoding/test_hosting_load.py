@@ -16,11 +16,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 import decoding.runner
 from decoding.attention import HostedLayer
-from decoding.core import ModelLoadError, ModelSpec
+from decoding.core import EngineConfig, ModelLoadError, ModelSpec, Sampling
+from decoding.engine import Engine
+from decoding.generate import host, load_models
 from decoding.host_gate import causal_class, context_limit
 from decoding.hosting import SpanInput
 from decoding.models import load_model
 from decoding.selfcheck import check_twin, make_twin
+from tests.fakes import EOS, byte_tokenizer
 from tests.tiny import LONGROPE, tiny_config, tiny_directory, tiny_model
 
 
@@ -50,6 +53,23 @@ def refused(path: Path | str, **entry: Any) -> str:
     assert message.startswith("Model 'm': ")
     assert "\n" not in message
     return message
+
+
+def test_a_model_in_memory_is_served_like_one_from_a_directory(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("llama", vocab_size=EOS + 1), byte_tokenizer()
+    path = tiny_directory("llama", tmp_path / "llama", vocab_size=EOS + 1)
+    tokenizer.save_pretrained(path)
+    sampling = Sampling(temperature=0.0, max_tokens=6)
+    found = []
+    for models in ({"m": host("m", model, tokenizer)}, load_models({"m": str(path)})):
+        assert models["m"].text.eos_ids == (0, tokenizer.eos_token_id)  # of the configuration, of the tokenizer
+        engine = Engine(models, EngineConfig(kv_memory=1 << 20))
+        found.append([each.token_ids for each in engine.generate([(1, 2, 3), (4, 5)], "m", sampling)])
+    assert found[0] == found[1]
+    headless = tiny_model("llama")
+    headless.config.architectures = ["LlamaModel"]
+    with pytest.raises(ModelLoadError, match="has no head at all"):
+        host("m", headless, tokenizer)
 
 
 def test_a_directory_is_loaded_and_checked(llama: Path) -> None:
