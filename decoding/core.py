@@ -379,7 +379,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 1024
     max_logit_rows: int = 512
-    max_scored_tokens: int = 48
+    max_scored_tokens: int = 32
     max_queue: int = 1024
     prefix_cache: bool = True
     compile: bool = True

@@ -119,7 +119,7 @@ class Config(Strict):
     max_num_seqs: Positive = 64
     max_num_batched_tokens: Positive = 1024
     max_logit_rows: Positive = 512
-    max_scored_tokens: Positive = 48
+    max_scored_tokens: Positive = 32
     max_queue: Positive = 1024
     kv_memory: Bytes | None = None
     block_size: Positive = 16
