@@ -100,6 +100,7 @@ class Engine:
         self.runners = {id: model.runner for id, model in models.items() if model.adapter is None}
         self.pools: dict[str, BlockPool] = {}
         for id, blocks in divide_kv(self.runners, {i: models[i].kv_memory for i in self.runners}, self.config).items():
+            self.runners[id].be_batch_invariant(self.config.batch_invariant)
             self.runners[id].allocate(blocks, self.config.block_size)
             self.runners[id].warm_up(self.config.compile_from)
             self.pools[id] = BlockPool(blocks, self.config.block_size)
@@ -116,7 +117,7 @@ class Engine:
         generator.manual_seed(int.from_bytes(os.urandom(7), "little"))
         self._clock = Clock()
         self._pace = Pace(self._clock)
-        self._forwards = Forwards(self.runners, self.scheduler, self._clock, self._fail)
+        self._forwards = Forwards(self.runners, self.scheduler, self._clock, self._fail, self.config.side_streams)
         self._proposer = Proposer(self._forwards.run, generator, self._clock, self._pace)
         self.judges, self.remotes = dict(judges or {}), dict(remotes or {})
         self._decider = Decider(
@@ -256,7 +257,8 @@ class Engine:
             for sample in plan.samples:
                 self._decide_alone(sample, rows, decision)
         else:
-            self._clock.saw("decide", sum(sample.count for sample in plan.samples), time.perf_counter() - began)
+            if self._device.type != "cuda":  # there it waits for the forwards, which have been timed
+                self._clock.saw("decide", sum(sample.count for sample in plan.samples), time.perf_counter() - began)
         return decision
 
     def _decide_alone(self, sample: Sample, rows: Mapping[str, Rows], decision: Decision) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from functools import partial
 
 from decoding.decide import add_drafted_rows, judged
 from decoding.events import ModelStats
@@ -14,12 +14,13 @@ from decoding.kv import BlockPool
 from decoding.pace import Clock
 from decoding.scheduler import Scheduler
 from decoding.state import Group, Plan, Span, Stream
+from decoding.streams import Streams, Timer
 
 logger = logging.getLogger("trimtab.engine")
 
 
 class Forwards:
-    """`clock` is told what forwards took; `fail` ends a request, with a sentence."""
+    """`clock` is told what forwards took; `fail` ends a request, with a sentence. `beside`: see `Streams`."""
 
     def __init__(
         self,
@@ -27,7 +28,10 @@ class Forwards:
         scheduler: Scheduler,
         clock: Clock,
         fail: Callable[[Group, str], None],
+        beside: bool = True,
     ) -> None:
+        self._streams = Streams({model: runner.device for model, runner in runners.items()}, beside)
+        self._timer = Timer()
         self._runners, self._scheduler, self._clock, self._fail = runners, scheduler, clock, fail
         self._forwards = dict.fromkeys(runners, 0)
         self._tokens = dict.fromkeys(runners, 0)
@@ -43,17 +47,17 @@ class Forwards:
         read |= {model for model, spans in plan.spans.items() if _wants_hidden(spans)}
         # All inputs first: a failed request gives its blocks back, and other models' forwards still name them.
         inputs = {model: [_span_input(span) for span in spans] for model, spans in plan.spans.items()}
+        self._timer.settle()
         for model, spans in plan.spans.items():
-            began = time.perf_counter()
+            size = sum(s.count for s in spans) if all(span.rows == span.count for span in spans) else 0
             try:
-                rows[model] = self.run(model, inputs[model], _payers(spans), model in read)
+                rows[model] = self._begin(model, inputs[model], _payers(spans), model in read, size)
             except Exception as error:
                 found = self._without_drafters(plan, model, error, model in read)
                 if found is not None:
                     rows[model] = found
-                continue
-            if all(span.rows == span.count for span in spans):
-                self._clock.saw(("forward", model), sum(s.count for s in spans), time.perf_counter() - began)
+        for model, found in rows.items():
+            self._streams.join(model, found)
         for model in plan.spans:
             plan.spans[model] = [span for span in plan.spans[model] if not span.sequence.finished]
         plan.samples = [sample for sample in plan.samples if not sample.sequence.finished]
@@ -62,15 +66,30 @@ class Forwards:
 
     def run(self, model: str, spans: list[SpanInput], payers: set[Group], want_hidden: bool = False) -> Rows:
         """One packed forward, counted. Raises what the runner raises."""
-        began = time.perf_counter()
-        rows = self._runners[model].forward(spans, want_hidden)
-        self._seconds[model] += time.perf_counter() - began
+        rows = self._begin(model, spans, payers, want_hidden)
+        self._streams.join(model, rows)
+        return rows
+
+    def _begin(
+        self, model: str, spans: list[SpanInput], payers: set[Group], want_hidden: bool = False, size: int = 0
+    ) -> Rows:
+        """A forward that may still run; size: how many tokens it is like a decode step of, 0 if it is like none."""
+        runner = self._runners[model]
+        with self._streams.of(model):
+            began = self._timer.begin(runner.device)
+            rows = runner.forward(spans, want_hidden)
+            self._timer.end(began, partial(self._took, model, size))
         self._forwards[model] += 1
         self._tokens[model] += sum(len(span.token_ids) for span in spans)
         for group in payers:
             group = group.payer
             group.forwards[model] = group.forwards.get(model, 0) + 1
         return rows
+
+    def _took(self, model: str, size: int, seconds: float) -> None:
+        self._seconds[model] += seconds
+        if size:
+            self._clock.saw(("forward", model), size, seconds)
 
     def stats(self, pools: Mapping[str, BlockPool]) -> tuple[ModelStats, ...]:
         """Counters by model."""
@@ -97,7 +116,7 @@ class Forwards:
         rest = plan.spans[model] = [span for span in plan.spans[model] if span not in own]
         if own and rest:
             try:
-                return self.run(model, [_span_input(span) for span in rest], _payers(rest), want_hidden)
+                return self._begin(model, [_span_input(span) for span in rest], _payers(rest), want_hidden)
             except Exception as again:
                 error = again
                 logger.exception("the forward of '%s' failed again", model)

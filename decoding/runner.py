@@ -76,7 +76,7 @@ class Runner:
         self._adapters_tried = False
         self._compiled: CompiledForward | None = None
         self._static: StaticForward | None = None
-        self._invariant = batch_invariant
+        self._invariant = False
         self._takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._name = _free_name()
         found = probe(model, self._name)
@@ -85,8 +85,7 @@ class Runner:
         suits = self.device.type == "cpu" and self.dtype in (torch.bfloat16, torch.float32)
         self._kernels = kernels is True and suits and load_kernels()
         self._triton = kernels == "triton" or (kernels and self.device.type == "cuda" and has_triton())
-        if batch_invariant and not (self._kernels or self._triton):
-            raise ModelLoadError("Rows that do not depend on their batch need kernels: triton, or a C++ compiler.")
+        self.be_batch_invariant(batch_invariant)
         if self._kernels:
             use_few_rows(model)
         self._patches = _patch(model) if self._triton and self.device.type == "cuda" else None
@@ -103,6 +102,12 @@ class Runner:
         if self._patches is not None:
             self._patches.unpatch()
         self.release()
+
+    def be_batch_invariant(self, on: bool) -> None:
+        """Whether rows have the same bits in every batch; before `allocate`. Raises ModelLoadError without kernels."""
+        if on and not (self._kernels or self._triton):
+            raise ModelLoadError("Rows that do not depend on their batch need kernels: triton, or a C++ compiler.")
+        self._invariant = on
 
     # -- KV pool ------------------------------------------------------------------------------------------------
 

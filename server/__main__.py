@@ -41,6 +41,9 @@ def command(
     block_size: Count = None,
     enable_prefix_caching: Flag = None,
     enforce_eager: Annotated[bool | None, typer.Option(help="Do not compile forwards.")] = None,
+    batch_invariant: Annotated[
+        bool | None, typer.Option(help="The same logits whatever else is in the batch, to the bit; slower.")
+    ] = None,
     compile_from: Annotated[
         int | None, typer.Option(help="Parameters from which a model is compiled; smaller ones start at once.")
     ] = None,

@@ -126,6 +126,7 @@ class Config(Strict):
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
     compile_from: Annotated[int, Field(ge=0)] = 10_000_000
+    batch_invariant: bool = False
     self_check: bool = True
     threads: Positive | None = None
     trust_remote_code: bool = False
@@ -204,6 +205,7 @@ class Config(Strict):
             prefix_cache=self.enable_prefix_caching,
             compile=not self.enforce_eager,
             compile_from=self.compile_from,
+            batch_invariant=self.batch_invariant,
             self_check=self.self_check,
             threads=self.threads,
             adapters=self.admin_key is not None,

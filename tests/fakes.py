@@ -62,6 +62,9 @@ class TableModel:
     def allocate(self, num_blocks: int, block_size: int) -> None:
         self.pool, self.block_size = torch.full((num_blocks, block_size), -1), block_size
 
+    def be_batch_invariant(self, on: bool) -> None:
+        """A table is."""
+
     def warm_up(self, compile_from: int = 0) -> bool:
         return False
 
