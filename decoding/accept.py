@@ -36,6 +36,7 @@ from decoding.sampling import (
     token_logprobs,
 )
 from decoding.state import Sequence
+from decoding.upload import uploaded
 
 
 @dataclass(slots=True)
@@ -245,16 +246,16 @@ def evidence(
     instead, which are 0 or 1 elsewhere.
     """
     rows = [row for _, c in mine for row in rows_of(c)[:-1]]
-    tokens = torch.tensor([x for _, c in mine for x in c.drafts], device=z.device)
+    tokens = uploaded([x for _, c in mine for x in c.drafts], z.device)
     spots = [places[row] for row in rows]
     u = coins(spots, generator, z.device)
     exact = torch.where(weighed, u * q < p, agree)
     specs = [c.sequence.draft.spec for _, c in mine if c.sequence.draft for _ in c.drafts]
-    greedy = torch.tensor([at.sampling.temperature == 0 for at in spots], device=z.device)
-    mixed = torch.tensor([len(at.sequence.group.policy.terms) > 1 for at in spots], device=z.device)
+    greedy = uploaded([at.sampling.temperature == 0 for at in spots], z.device)
+    mixed = uploaded([len(at.sequence.group.policy.terms) > 1 for at in spots], z.device)
     found = Evidence(exact, u, p, q, specs, tokens, greedy, mixed)
     if rule.opens:
-        found.open = torch.log_softmax(tempered(z[rows], [at.sampling for at in spots]), 1)
+        found.open = torch.log_softmax(tempered(z[uploaded(rows, z.device)], [at.sampling for at in spots]), 1)
     if rule.compares or rule.judges:
         found.lp = torch.cat([unfiltered[i] for i, _ in mine])
     if rule.compares:

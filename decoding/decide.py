@@ -17,6 +17,7 @@ from decoding.sampling import Drawn, Position, hard_mask, log_softmax_rows, toke
 from decoding.state import Group, Sample, Sequence, Told
 from decoding.text import TextModel
 from decoding.trace import Chosen, trace
+from decoding.upload import uploaded
 
 
 @dataclass(slots=True)
@@ -69,7 +70,7 @@ class Decider:
                 index += range(row - sample.drafts - 1, row)
         if not due:
             return decision
-        z = mixed.z if len(index) == len(mixed.z) else mixed.z[index]
+        z = mixed.z if len(index) == len(mixed.z) else mixed.z[uploaded(index, self._device)]
         checks: list[Check] = []
         start = 0
         for sample in due:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from decoding.combine import OUTSIDE, Gating, Track
+from decoding.upload import uploaded
 from triton_kernels.cutoffs import cutoffs
 from triton_kernels.mix import Gates, mix
 from triton_kernels.row_stats import row_stats
@@ -20,9 +21,7 @@ class DeviceRows:
 
     def __init__(self, tracks: Sequence[Track], width: int, logprobs: bool, kernel: bool) -> None:
         self._logits, self._width, self._kernel = [logits for logits, _ in tracks], width, kernel
-        self._index = torch.tensor([index for _, index in tracks], dtype=torch.int32).to(
-            self._logits[0].device
-        )  # [T, n]
+        self._index = uploaded([index for _, index in tracks], self._logits[0].device, torch.int32)  # [T, n]
         self._shifts: Tensor | None = None
         if logprobs:
             stats = [row_stats(x, i, width, kernel=kernel)[1] for x, i in zip(self._logits, self._index, strict=True)]
@@ -51,14 +50,14 @@ class DeviceRows:
         logs, device = None, weights.device
         if floor is not None:
             ratios = [math.log(ratio) if ratio > 0 else -math.inf for ratio in floor[1]]
-            logs = (floor[0], torch.tensor(ratios, dtype=torch.float32).to(device))
+            logs = (floor[0], uploaded(ratios, device, torch.float32))
         known = [mask[: self._width] for mask in masks if mask is not None]
         bits = mask_of = None
         if known:
             bits = packed(torch.stack(known))
             places = iter(range(len(known)))
             own = [-1 if mask is None else next(places) for mask in masks]
-            mask_of = torch.tensor(own, dtype=torch.int32).to(device)
+            mask_of = uploaded(own, device, torch.int32)
         gates = list(dict.fromkeys(gating for gating in gatings if gating is not None))
         cuts = [self._cut(gate) for gate in gates]
         found = mix(
@@ -88,7 +87,7 @@ class DeviceRows:
     def _cut(self, gate: Gating) -> tuple[Tensor, Tensor]:
         index = self._index[gate.of]
         ones, none = torch.ones(len(index), device=index.device), torch.zeros_like(index)
-        top_p = torch.tensor(gate.top_p, dtype=torch.float32).to(index.device)
+        top_p = uploaded(gate.top_p, index.device, torch.float32)
         logits = self._logits[gate.of]
         cut = cutoffs(logits, index, self._width, ones, none, top_p, torch.zeros_like(ones), kernel=self._kernel)
         return cut.least, cut.last

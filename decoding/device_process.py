@@ -8,6 +8,7 @@ import torch
 
 from decoding.device_mix import packed
 from decoding.sampling import Position, hard_mask
+from decoding.upload import uploaded
 from triton_kernels.mix import Edits, mix
 
 Tensor = torch.Tensor
@@ -22,8 +23,8 @@ def process_on_device(z: Tensor, rows: Sequence[int], places: Sequence[Position]
     if known:
         numbers = iter(range(len(known)))
         bits = packed(torch.stack(known))
-        mask_of = torch.tensor([-1 if mask is None else next(numbers) for mask in masks], dtype=torch.int32).to(device)
-    index = torch.tensor([list(rows)], dtype=torch.int64).to(device)
+        mask_of = uploaded([-1 if mask is None else next(numbers) for mask in masks], device, torch.int32)
+    index = uploaded([list(rows)], device, torch.int64)
     ones = torch.ones(len(rows), 1, device=device)
     found = mix([z], index, width, ones, (0,), bits=bits, mask_of=mask_of, edits=_edits(places, device), kernel=kernel)
     z[index[0]] = found.z
@@ -45,8 +46,8 @@ def _edits(places: Sequence[Position], device: torch.device) -> Edits | None:
         start.append(len(ids))
     if not ids:
         return None
-    whole = torch.tensor([*start, *ids], dtype=torch.int32).to(device)
-    real = torch.tensor([add, times], dtype=torch.float32).to(device)
+    whole = uploaded([*start, *ids], device, torch.int32)
+    real = uploaded([add, times], device, torch.float32)
     # A mix has no natural zero: its penalties act on log-probs.
-    relative = torch.tensor([len(at.sequence.group.policy.terms) > 1 for at in places]).to(device)
+    relative = uploaded([len(at.sequence.group.policy.terms) > 1 for at in places], device)
     return Edits(whole[: len(start)], whole[len(start) :], real[0], real[1], relative)

@@ -19,6 +19,7 @@ from decoding.events import TokenLogprob
 from decoding.noise import Lane, key_halves
 from decoding.rules import RULES
 from decoding.sampling import Drawn, Position, processes, reported
+from decoding.upload import upload, uploaded
 from triton_kernels.cutoffs import Cutoffs, cutoffs
 from triton_kernels.draw import Residual, draw
 from triton_kernels.row_stats import row_stats
@@ -49,7 +50,7 @@ class _Params:
     def of(cls, places: Seq[Position], checks: Seq[Check], generator: torch.Generator, device: torch.device) -> _Params:
         """Refused rows of weighed drafts draw on a lane of their own."""
         drawn = [at.sampling for at in places]
-        real = torch.tensor([[p.temperature, p.top_p, p.min_p] for p in drawn], dtype=torch.float32).to(device)
+        real = uploaded([[p.temperature, p.top_p, p.min_p] for p in drawn], device, torch.float32)
         whole = []
         for c in checks:
             draft = c.sequence.draft
@@ -59,7 +60,7 @@ class _Params:
                 at, seeded = places[c.start + i], c.sequence.group.seed is not None
                 own = key_halves(at.key(lane)) if seeded else (0, 0)
                 whole.append([min(at.sampling.top_k, _NO_K), x, x if one_hot else -1, seeded, *own])
-        top_k, drafts, removed, seeds, *halves = torch.tensor(whole, dtype=torch.int32).T.contiguous().to(device)
+        top_k, drafts, removed, seeds, *halves = upload(torch.tensor(whole, dtype=torch.int32).T.contiguous(), device)
         keys = torch.stack(halves, 1)
         if not all(row[3] for row in whole):
             fresh = torch.randint(-(1 << 31), 1 << 31, keys.shape, generator=generator, device=device)
@@ -129,7 +130,7 @@ def _decide(
         asked = drafts[rows]
         passes = own = choice[rows] == asked
         if not rule.lossless or any(c.weighs for _, c in mine):
-            weighed = torch.tensor([c.weighs for _, c in mine for _ in c.drafts]).to(device)
+            weighed = uploaded([c.weighs for _, c in mine for _ in c.drafts], device)
             p = torch.where(weighed, cut.prob[rows], own.float())
             at = q_row[rows].long()
             drawn_from = torch.where(at >= 0, q[at.clamp_min(0), asked.long()], 1.0)
@@ -137,9 +138,9 @@ def _decide(
             passes, own = rule.accept(found), found.exact
         accepted[rows] = passes & allowed[rows]
         exact[rows] = (own & allowed[rows]).int()
-    begins = torch.tensor([*(c.start for c in checks), len(z)], dtype=torch.int32).to(device)
-    bonus = torch.tensor([not c.drafts or c.sequence.draft is None or c.sequence.draft.bonus for c in checks])
-    length, row = verify(accepted, begins, bonus.to(device), kernel=kernel)
+    begins = uploaded([*(c.start for c in checks), len(z)], device, torch.int32)
+    bonus = uploaded([not c.drafts or c.sequence.draft is None or c.sequence.draft.bonus for c in checks], device)
+    length, row = verify(accepted, begins, bonus, kernel=kernel)
     final = torch.where(row < 0, -1, choice[row.clamp_min(0).long()])
     closing = [i for i, c in enumerate(checks) if c.weighs]
     if closing:
@@ -161,7 +162,7 @@ def _drafted_from(z: Tensor, checks: Seq[Check]) -> tuple[Tensor, Tensor]:
     q = torch.zeros(max(1, len(made)), z.shape[1], device=z.device)
     for row, probs in zip(q, made):
         row[: probs.shape[0]] = probs
-    return q, torch.tensor(place, dtype=torch.int32).to(z.device)
+    return q, uploaded(place, z.device, torch.int32)
 
 
 class _LogProbs:
@@ -188,8 +189,8 @@ class _LogProbs:
                 continue
             wanted = [min(report[row], z.shape[1]) for row in rows]
             at = list(range(len(rows))) if source is saved else rows
-            told = torch.tensor([[*spot[row], i] for row, i in zip(rows, at, strict=True)]).T.contiguous().to(z.device)
-            which, place, drafted, index = told
+            told = torch.tensor([[*spot[row], i] for row, i in zip(rows, at, strict=True)]).T.contiguous()
+            which, place, drafted, index = upload(told, z.device)
             tokens = torch.where(place < length[which], drafted, final[which].clamp_min(0))
             _, lse = row_stats(source, index, z.shape[1], kernel=kernel)
             run = kernel if max(wanted) <= MOST else False
@@ -237,7 +238,7 @@ def _drawn(
 
 
 def _ids(rows: Seq[int], device: torch.device) -> Tensor:
-    return torch.tensor(list(rows), dtype=torch.int64).to(device)
+    return uploaded(list(rows), device, torch.int64)
 
 
 def _down(*tensors: Tensor) -> list[Tensor]:

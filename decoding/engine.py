@@ -119,7 +119,8 @@ class Engine:
         self._pace = Pace(self._clock)
         self._forwards = Forwards(self.runners, self.scheduler, self._clock, self._fail, self.config.side_streams)
         self._proposer = Proposer(self._forwards.run, generator, self._clock, self._pace)
-        self.judges, self.remotes = dict(judges or {}), dict(remotes or {})
+        heads = {id: replace(head, weight=head.weight.to(self._device)) for id, head in (judges or {}).items()}
+        self.judges, self.remotes = heads, dict(remotes or {})
         self._decider = Decider(
             self._device, generator, lambda id: self.hosted[id].text, self.judges, _kernel(self.config, self._device)
         )

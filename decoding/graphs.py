@@ -179,7 +179,8 @@ class CudaGraphs:
             self._outputs = tuple(x.new_empty(self._most, x.shape[1]) for x in found)
         logits, hidden = (buffer[:size] for buffer in self._outputs)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        here = torch.cuda.stream(torch.cuda.current_stream())  # a capture that fails does not give its stream back
+        with here, torch.cuda.graph(graph, pool=self._pool):
             for to, result in zip((logits, hidden), forward(), strict=True):
                 to.copy_(result)
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
@@ -69,6 +69,14 @@ class Head:
     gate: Gate | None = None
     transform: Tensor | None = None
 
+    def to(self, device: torch.device) -> Head:
+        """The same on `device`."""
+        if self.gate is None:
+            return self
+        layers = tuple((w.to(device), None if b is None else b.to(device)) for w, b in self.gate.layers)
+        transform = None if self.transform is None else self.transform.to(device)
+        return replace(self, gate=replace(self.gate, layers=layers), transform=transform)
+
 
 class HeadModel(nn.Module):
     """A decoder and a head, looking like a causal LM to a runner: `logits` [1, T or kept rows, outputs]."""
@@ -76,6 +84,12 @@ class HeadModel(nn.Module):
     def __init__(self, backbone: PreTrainedModel, head: nn.Module, about: Head) -> None:
         super().__init__()
         self.backbone, self.head, self.about = backbone, head, about
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """To another device the gate and the transform go along: they are no parameters."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.about = self.about.to(self.device)
+        return self
 
     @property
     def config(self) -> Any:

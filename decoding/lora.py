@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from decoding.adapters import Adapter, Lora
 from decoding.attention import Tensor
 from decoding.hosting import SpanInput
+from decoding.upload import uploaded
 
 FEW_TOKENS = 64  # up to here every token meets every adapter: more products, but a few calls only
 PROBE = "\0probe"  # no id of a model's
@@ -176,7 +177,7 @@ class Loras:
                 start = runs.pop()[1]
             runs.append((span.adapter, start, end))
         if self._kernel == "triton":
-            owners = torch.tensor(self._owners(runs, end), dtype=torch.int32, device=self._device)
+            owners = uploaded(self._owners(runs, end), self._device, torch.int32)
             return Chosen(end, tuple(runs), owners=owners, table=self._table, max_rank=self._max_rank)
         if end > FEW_TOKENS:
             return Chosen(end, tuple(runs))

@@ -18,6 +18,7 @@ from decoding.core import Policy, Solver
 from decoding.hosting import Rows
 from decoding.state import Sample
 from decoding.truncate import cut_below
+from decoding.upload import uploaded
 
 Allowed = Callable[[Sample, int], torch.Tensor | None]  # (sample, its i-th row) -> [W] bool, None: every token is
 Starts = Callable[[str, int], torch.Tensor]  # (text model, width) -> [W] bool, ids that begin a word
@@ -57,7 +58,7 @@ def mix(
     for members in groups.values():
         index = [at + i for at, sample in members for i in range(sample.count)]
         part = _mix_group(members, rows, allowed, starts, kernel)
-        mixed.z[torch.tensor(index, device=device), : part.z.shape[1]] = part.z
+        mixed.z[uploaded(index, device), : part.z.shape[1]] = part.z
         mixed.solved += part.solved
     return mixed
 
@@ -93,7 +94,7 @@ def _mix_group(
         solved = [([at + i for at, sample in members for i in range(sample.count)], weights)]
     else:
         values = [[term.weight for term in each.terms] for each in policies]
-        weights = torch.tensor(values, device=tracks[0][0].device)  # [n, J]
+        weights = uploaded(values, tracks[0][0].device)  # [n, J]
     names = {term.name: of[j] for j, term in enumerate(policy.terms)}
     gatings = [_gating(policies, j, names) for j in range(len(of))]
     if not policy.plausibility:

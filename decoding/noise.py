@@ -12,6 +12,8 @@ from enum import IntEnum
 
 import torch
 
+from decoding.upload import uploaded
+
 _MASK64 = (1 << 64) - 1
 _MASK32 = (1 << 32) - 1
 
@@ -60,7 +62,7 @@ def gumbel(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 def key_tensor(keys: Sequence[int], device: torch.device) -> torch.Tensor:
     """[n, 2] int32 of 64-bit keys, low half first."""
-    return torch.tensor([key_halves(key) for key in keys], dtype=torch.int32, device=device)
+    return uploaded([key_halves(key) for key in keys], device, torch.int32)
 
 
 def key_halves(key: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from decoding.core import Speculation
+from decoding.upload import uploaded
 
 
 @dataclass(slots=True)
@@ -42,7 +43,7 @@ class Evidence:
 
     def column(self, read: Callable[[Speculation], float]) -> torch.Tensor:
         """A parameter of each row's request: [D] fp32."""
-        return torch.tensor([read(spec) for spec in self.specs], device=self.u.device)
+        return uploaded([read(spec) for spec in self.specs], self.u.device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from decoding.host_linear import FEW_ROWS, use_few_rows
 from decoding.host_probe import probe
 from decoding.hosting import Rows, SpanInput
 from decoding.lora import Chosen, Kernel, Loras
+from decoding.upload import uploaded
 
 log = logging.getLogger(__name__)
 COMPILED_CHUNK = 16  # longest chunk that is compiled although not all of its rows are wanted
@@ -136,7 +137,7 @@ class Runner:
         """Copy whole blocks (source, destination) in every layer; sources are read before destinations are written."""
         if not pairs:
             return
-        source, destination = torch.tensor(pairs, device=self.device).T
+        source, destination = uploaded(pairs, self.device).T
         with torch.inference_mode():
             for layer in self.layers:
                 layer.keys[destination] = layer.keys[source]

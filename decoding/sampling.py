@@ -18,6 +18,7 @@ from decoding.events import TokenLogprob, TokenTrace
 from decoding.noise import GUMBEL_MAX, Lane, gumbel, key_tensor, noise_key, uniform
 from decoding.state import Sequence
 from decoding.truncate import first_ids, keep_rows, top_stable, truncate
+from decoding.upload import upload, uploaded
 
 _SMALL = 1024  # a row of so few ids is hashed whole
 _COLDEST = 1e-30  # a temperature below it is this one: fp32 has no smaller number worth dividing by
@@ -98,17 +99,17 @@ def hard_mask(at: Position, width: int, device: torch.device) -> torch.Tensor | 
         return None
     mask = torch.full((width,), s.allowed_token_ids is None, device=device)
     if s.allowed_token_ids is not None:
-        mask[torch.tensor([i for i in s.allowed_token_ids if i < width], device=device)] = True
+        mask.index_fill_(0, uploaded([i for i in s.allowed_token_ids if i < width], device, torch.int64), True)
     if waits:
         ends = sorted(i for i in {*request.eos_ids, *s.stop_token_ids} if i < width)
-        mask[torch.tensor(ends, dtype=torch.int64, device=device)] = False
+        mask.index_fill_(0, uploaded(ends, device, torch.int64), False)
     if at.sequence.constraint is not None:
         made = at.sequence.draft.masks if at.sequence.draft else []
         if len(at.drafted) < len(made):  # the constraint itself has been rolled back to the output
-            mask &= made[len(at.drafted)][:width].to(device)
+            mask &= upload(made[len(at.drafted)][:width], device)
         else:
             assert not at.drafted, "every drafted token has its mask"
-            mask &= at.sequence.constraint.allowed(width).to(device)
+            mask &= upload(at.sequence.constraint.allowed(width), device)
     return mask
 
 
@@ -182,7 +183,7 @@ def tempered(z: torch.Tensor, params: Seq[Sampling]) -> torch.Tensor:
 
     A tiny temperature then sends all others to -inf, and nothing to +inf.
     """
-    scale = torch.tensor([max(p.temperature, _COLDEST) for p in params], device=z.device)[:, None]
+    scale = uploaded([max(p.temperature, _COLDEST) for p in params], z.device)[:, None]
     best = z.amax(1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)  # -inf where nothing is allowed: not nan
     return (z - best) / scale
 
@@ -203,7 +204,7 @@ def coins(places: Seq[Position], generator: torch.Generator, device: torch.devic
     for rows, keyed in _by_noise(list(range(len(places))), places):
         if keyed:
             keys = key_tensor([places[i].key(Lane.ACCEPT) for i in rows], device)
-            u[rows] = uniform(keys, torch.zeros(1, 1, dtype=torch.int32, device=device))[:, 0]
+            u[uploaded(rows, device)] = uniform(keys, torch.zeros(1, 1, dtype=torch.int32, device=device))[:, 0]
     return u
 
 

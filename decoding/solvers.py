@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from decoding.host_build import load_kernels
+from decoding.upload import uploaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Nudge:
     def weights(self, rows: Sequence[torch.Tensor], states: Sequence[Any], starts: torch.Tensor) -> torch.Tensor:
         """[n, 2]: (1, 0) or (0, 1) per row."""
         base, nudger = rows
-        within = torch.tensor([bool(state) for state in states], device=base.device)
+        within = uploaded([bool(state) for state in states], base.device)
         goes_on = within & ~starts[nudger.argmax(1)]
         unsure = base.max(1).values < torch.log(torch.tensor(self.threshold))
         nudged = (goes_on | unsure).float()

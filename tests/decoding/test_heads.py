@@ -188,6 +188,9 @@ def test_the_gate_is_a_softmax_of_an_mlp(tmp_path: Path) -> None:
     assert torch.allclose(runner.head.gate(hidden), want, atol=1e-6)
     assert torch.equal(runner.head.transform, heads["reward_transform_matrix"])
     assert (runner.width, runner.head.outputs) == (5, 5)
+    moved = runner.model.to(torch.device("meta")).about  # type: ignore[arg-type]
+    weights = [each for layer in moved.gate.layers for each in layer if each is not None]
+    assert {each.device.type for each in (*weights, moved.transform)} == {"meta"}
 
 
 def test_wanted_rows_and_hidden_states_go_together(tmp_path: Path) -> None:
