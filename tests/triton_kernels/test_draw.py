@@ -39,12 +39,15 @@ def rows() -> Tensor:
     z[3] = 0.0
     z[4, 1:] = -torch.inf
     z[5] -= 1000.0
+    z[7, :-7], z[7, -7:] = -torch.inf, 1.0  # only what a narrower drafter does not have
     return z
 
 
 def some_residual(z: Tensor, drawn: Tensor) -> Residual:
     """Of rows z [8, W]: drafters sure of what p would draw, or that id itself."""
-    q = z.nan_to_num(0.0, 0.0, 0.0)[[0, 3, 7], :-7].mul(3).softmax(1)  # a drafter's row may be narrower
+    q = torch.ones(3, z.shape[1])  # in wider storage: what lies behind a row must not be read
+    q[:, -7] = 0.0
+    q = q[:, :-7].copy_(z.nan_to_num(0.0, 0.0, 0.0)[[0, 3, 7], :-7].mul(3).softmax(1))
     q_row = torch.tensor([0, -1, 1, 1, -1, 0, -1, 2], dtype=torch.int32)
     removed = torch.tensor([-1, 0, -1, -1, 0, -1, -1, 0], dtype=torch.int32)
     return Residual(q, q_row, torch.where(removed == 0, drawn, removed))
@@ -174,7 +177,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         ("tl.where(at == removed, 0.0, p)", "p"),
         ("2 * i + 1), at)", "2 * i), at)"),
         ("(part * m.to(tl.int64) + s)", "s"),
-        ("mask=(at < q_width) & (own >= 0)", "mask=own + at * 0 >= 0"),
+        ("mask=(at < q_width) & (own >= 0)", "mask=(at < width) & (own >= 0)"),
     ],
 )
 def test_broken_kernels_are_noticed(old: str, new: str, tmp_path: Path) -> None:
