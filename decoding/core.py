@@ -363,8 +363,9 @@ class EngineConfig:
     """Engine-wide settings. Memory in bytes; `kv_memory` None takes a share of what is free after loading.
 
     `compile_from`: a model with fewer parameters is not compiled and starts at once, for half a millisecond a tick.
-    `adapters`: some may be loaded while it serves, which `warm_up` then prepares for. `max_scored_tokens`: of scorers'
-    texts in a tick in which hypotheses wait for their next token (in units of the dearest model's tokens).
+    `adapters`: some may be loaded while it serves, which `warm_up` then prepares for.
+    `max_search_tokens`: what hypotheses of searches and their scorers may take of a tick in which other requests wait
+    for their next token, in units of the dearest model's tokens; None: 32 on a CPU, 512 on a GPU.
 
     `kernels`: what mixes and samples: "triton", "reference" (the kernels' specifications), "host", by default "triton"
     on CUDA and "host" elsewhere. `side_streams`: on CUDA, the models of a tick run beside each other.
@@ -379,7 +380,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 1024
     max_logit_rows: int = 512
-    max_scored_tokens: int = 32
+    max_search_tokens: int | None = None
     max_queue: int = 1024
     prefix_cache: bool = True
     compile: bool = True

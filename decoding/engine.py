@@ -75,6 +75,8 @@ from decoding.text import Chat, Prompt, TextModel
 
 logger = logging.getLogger("trimtab.engine")
 
+SEARCH_TOKENS = {"cpu": 32, "cuda": 512}  # of `max_search_tokens`: a CPU pays for every row, a GPU for few
+
 
 class Engine:
     """Many models, one batch: `Engine(load_models({"base": DIR, ...})).generate(prompts, program)`.
@@ -92,6 +94,9 @@ class Engine:
         remotes: Mapping[str, Remote] | None = None,
     ) -> None:
         self.config = config or EngineConfig()
+        if self.config.max_search_tokens is None:
+            on_gpu = any(held.runner.device.type == "cuda" for held in models.values())
+            self.config = replace(self.config, max_search_tokens=SEARCH_TOKENS["cuda" if on_gpu else "cpu"])
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
         self.hosted = dict(models)

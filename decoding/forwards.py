@@ -112,7 +112,7 @@ class Forwards:
         own = [s for s in plan.spans[model] if s.sequence.draft and s.track is s.sequence.draft.own]
         for span in own:
             if span.sequence.draft:
-                self._scheduler.retire(span.sequence.draft)
+                self._scheduler.drafts.retire(span.sequence.draft)
         rest = plan.spans[model] = [span for span in plan.spans[model] if span not in own]
         if own and rest:
             try:

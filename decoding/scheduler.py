@@ -5,7 +5,8 @@ One rule covers prefill, chunked prefill, prefix hits, decode, drafts, preemptio
 track and computed whenever there is budget; from that row on, all tracks of the sequence go in lockstep, because their
 rows are mixed in the same tick. Drafts that were not accepted are rolled back by moving `num_computed`.
 
-Drafting is optional: it takes what budgets and memory are left, and gives its memory back before anyone is preempted.
+Drafting (`decoding.draftroom`) is optional: it takes what budgets and memory are left, and gives its memory back before
+anyone is preempted.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from collections.abc import Iterable, Mapping
 
 from decoding.blocks import Blocks, Copy
 from decoding.core import EngineConfig
+from decoding.draftroom import DraftRoom
 from decoding.kv import BlockPool
-from decoding.state import Draft, Group, Plan, Sample, Sequence, Span, Stream, Track
+from decoding.state import Group, Plan, Sample, Sequence, Span, Stream, Track
 
-CATCH_UP = 32  # positions that a drafter may compute in the forward of its first draft
 PAUSE = 64  # ticks that a drafter rests after its memory was needed elsewhere
 
 
@@ -36,10 +37,11 @@ class Scheduler:
         config: EngineConfig,
         limits: Mapping[str, int],
     ) -> None:
-        self.pools, self.config, self.limits = pools, config, limits
+        self.pools, self.config = pools, config
         self.blocks = Blocks(pools, config.prefix_cache)
         dearest = max(costs.values())
         self._price = {model: cost / dearest for model, cost in costs.items()}
+        self.drafts = DraftRoom(self.blocks, self._price, limits)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.resting: list[Sequence] = []  # a search's, between two goals; they hold blocks while nobody needs them
@@ -135,27 +137,30 @@ class Scheduler:
         drafts: whether any sequence wants to draft.
         """
         self.tick += 1
-        plan = Plan(tokens=float(self.config.max_num_batched_tokens), rows=self.config.max_logit_rows)
+        plan = Plan(self.tick, float(self.config.max_num_batched_tokens), self.config.max_logit_rows)
         ready: list[Sequence] = []
         behind: list[Sequence] = []
         for sequence in self.running:
             caught_up = all(track.num_computed == sequence.target(track) for track in sequence.tracks)
             (ready if caught_up else behind).append(sequence)
-        for sequence in self._fair(ready):
+        kept = 0.0  # for scorers, which read on, however many hypotheses there are
+        if self.config.max_search_tokens and any(sequence.goal is None for sequence in ready):  # someone streams
+            kept = self.config.max_search_tokens * (0.5 if any(isinstance(s, Stream) for s in behind) else 0.0)
+            plan.search = self.config.max_search_tokens - kept
+        for sequence in self._fair(ready, plan.search):
             if sequence.running:
                 self._schedule(sequence, plan)
         plan.tokens = max(plan.tokens, float(self.config.block_size))  # decoding never starves prefill altogether
-        plan.scored = float(self.config.max_scored_tokens) if plan.samples else plan.tokens
+        plan.search = max(plan.search, 0.0) + kept
         for sequence in sorted(behind, key=lambda s: s.order):
             if sequence.running:
                 self._schedule(sequence, plan)
         if not drafts:
             return plan
         for sample in plan.samples:  # drafts take what is left when everyone has got what they need
-            self._extend(sample, plan)
+            self.drafts.extend(sample, plan)
         for sequence in self.running:
-            if sequence.draft and sequence.draft.own and not sequence.draft.planned:
-                self._feed(sequence, sequence.draft, sequence.draft.own, plan)
+            self.drafts.catch_up(sequence, plan)
         return plan
 
     def commit(self, plan: Plan) -> None:
@@ -174,7 +179,7 @@ class Scheduler:
             draft = sequence.draft
             assert draft is not None
             if draft.broken:
-                self.retire(draft)
+                self.drafts.retire(draft)
             elif draft.own:
                 self._settle(sequence, draft.own)
             draft.clear()
@@ -183,11 +188,16 @@ class Scheduler:
         if sequence.running:  # else its request has failed meanwhile, and its blocks are gone
             self.blocks.settle(sequence, track)
 
-    def _fair(self, ready: list[Sequence]) -> list[Sequence]:
-        """Oldest first; if a budget does not reach for all, one row per request in turn, the least served first."""
+    def _fair(self, ready: list[Sequence], search: float) -> list[Sequence]:
+        """Oldest first; if a budget does not reach for all, one row per request in turn, the least served first.
+
+        search: the budget of searches' hypotheses.
+        """
         rows = sum(len(s.tracks) for s in ready)
-        price = sum(self._price[track.model] for s in ready for track in s.tracks)
-        if rows <= self.config.max_logit_rows and price <= self.config.max_num_batched_tokens:
+        prices = [sum(self._price[track.model] for track in s.tracks) for s in ready]
+        searched = sum(price for s, price in zip(ready, prices, strict=True) if s.goal is not None)
+        fits = rows <= self.config.max_logit_rows and sum(prices) <= self.config.max_num_batched_tokens
+        if fits and searched <= search:
             return sorted(ready, key=lambda s: s.order)
         turn: dict[Group, int] = {}
         ranked: list[tuple[int, int, int, Sequence]] = []
@@ -251,6 +261,8 @@ class Scheduler:
         prices = [self._price[track.model] for track in sequence.tracks]
         spare = plan.tokens - sum(need * price for need, price in zip(needs, prices))
         rows = min(sequence.rows_wanted, plan.rows // len(sequence.tracks), int(spare / sum(prices)))
+        if sequence.goal is not None:
+            rows = min(rows, plan.searched(sum(prices)))
         if not plan.spans and not any(needs):
             rows = max(rows, 1)  # whoever comes first gets a row: no budget is so small that nothing goes on
         spans: list[Span] = []
@@ -267,7 +279,10 @@ class Scheduler:
         if spans and self._reserve(sequence, spans):
             self._served(sequence)
             for span in spans:
-                self._put(span, plan)
+                plan.put(span, self._price[span.track.model])
+                self.blocks.announce(span, plan)
+                if sequence.goal is not None:
+                    plan.search -= span.rows * self._price[span.track.model]
             if spans[0].rows:
                 plan.samples.append(Sample(sequence, sequence.next_row, spans[0].rows, spans))
 
@@ -277,7 +292,7 @@ class Scheduler:
         if self.blocks.hit_prefix(stream, track, plan):
             return
         start, price = track.num_computed, self._price[track.model]
-        most = int(min(plan.tokens, plan.scored) / price)
+        most = min(int(plan.tokens / price), plan.searched(price))
         end = min(stream.known(track), start + max(most, not plan.spans))
         rows = max(plan.rows, not plan.spans)
         if len(stream.marks) > rows:
@@ -286,83 +301,13 @@ class Scheduler:
         if span.count > 0 and self._reserve(stream, [span]):
             span.marks = [mark for mark in stream.marks if mark < end]
             span.rows = len(span.marks)
-            plan.scored -= span.count * price
             self._served(stream)
-            self._put(span, plan)
+            plan.put(span, price)
+            plan.search -= span.count * price
+            self.blocks.announce(span, plan)
 
     def _served(self, sequence: Sequence) -> None:
         sequence.last_tick = sequence.group.payer.last_tick = self.tick
-
-    def _put(self, span: Span, plan: Plan) -> None:
-        model = span.track.model
-        plan.spans.setdefault(model, []).append(span)
-        plan.tokens -= span.count * self._price[model]
-        plan.rows -= span.rows
-        self.blocks.announce(span, plan)
-
-    # -- drafts -------------------------------------------------------------------------------------------------
-
-    def _extend(self, sample: Sample, plan: Plan) -> None:
-        """Let a sequence that has its next row draft as far as budgets, lengths and free memory go."""
-        sequence = sample.sequence
-        count = self._drafts(sequence, plan) if sample.draws and sample.count == 1 else 0
-        draft = sequence.draft
-        if count <= 0 or draft is None:
-            return
-        draft.planned = sample.drafts = count
-        sample.count += count
-        plan.drafting.append(sequence)
-        plan.rows -= count * len(sequence.tracks)
-        plan.tokens -= count * sum(self._price[track.model] for track in sequence.all_tracks)
-        for span in sample.spans:
-            span.count += count
-            span.rows += count
-        for track in sequence.all_tracks:
-            self.blocks.grow(track, sequence.known(track) + count)
-
-    def _drafts(self, sequence: Sequence, plan: Plan) -> int:
-        """How many tokens `sequence` may draft: what is wanted, within the budgets, lengths and free memory."""
-        draft = sequence.draft
-        if draft is None or draft.wanted <= 0:
-            return 0
-        count = min(draft.wanted, sequence.most_output - len(sequence.output) - draft.bonus)
-        track = draft.track
-        if track is not None:
-            # The first draft's forward catches up too; what is long goes with the packed forwards, as prefill does.
-            if sequence.known(track) - track.num_computed > CATCH_UP or draft.paused_until > self.tick:
-                return 0
-            count = min(count, self.limits[track.model] - sequence.known(track))
-        price = sum(self._price[track.model] for track in sequence.all_tracks)
-        count = min(count, plan.rows // len(sequence.tracks), int(plan.tokens / price))
-        return count if count > 0 and self._room(sequence, count) else 0
-
-    def _room(self, sequence: Sequence, count: int) -> bool:
-        """Whether memory is free for `count` drafts: without preempting anyone."""
-        ends = {id(track): sequence.known(track) + count for track in sequence.all_tracks}
-        return not self.blocks.short(self.blocks.missing(sequence.all_tracks, ends))
-
-    def _feed(self, sequence: Sequence, draft: Draft, track: Track, plan: Plan) -> None:
-        """A drafter that has fallen behind, or joins late, catches up with what budget and memory are left."""
-        pool, known = self.pools[track.model], sequence.known(track)
-        if known >= self.limits[track.model] or pool.blocks_for(known) > pool.num_blocks:
-            self.retire(draft)
-        if draft.broken or draft.wanted <= 0 or draft.paused_until > self.tick:
-            return
-        if self.blocks.hit_prefix(sequence, track, plan):
-            return
-        need = sequence.target(track) - track.num_computed
-        room = (pool.available + len(track.blocks)) * pool.block_size - track.num_computed
-        chunk = min(need, int(plan.tokens / self._price[track.model]), room)
-        if need <= CATCH_UP // 2 or chunk <= 0:
-            return
-        self.blocks.grow(track, track.num_computed + chunk)
-        self._put(Span(sequence, track, track.num_computed, chunk, 0), plan)
-
-    def retire(self, draft: Draft) -> None:
-        """The drafter drafts no more: its memory is free."""
-        draft.broken = True
-        if draft.own is not None:
-            self.blocks.forget(draft.own)
 
     # -- memory -------------------------------------------------------------------------------------------------
 

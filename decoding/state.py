@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
@@ -344,15 +345,32 @@ class Sample:
 
 @dataclass(slots=True)
 class Plan:
-    """One tick: spans per model, in packing order, and the rows that are mixed and sampled."""
+    """One tick: spans per model, in packing order, and the rows that are mixed and sampled.
 
+    tokens, rows, search: what is left of its budgets, tokens in units of the dearest model's; `search` is the part that
+    hypotheses of searches and their scorers may take.
+    """
+
+    tick: int = 0
+    tokens: float = 0.0
+    rows: int = 0
+    search: float = math.inf
     spans: dict[str, list[Span]] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
     pending: dict[str, set[bytes]] = field(default_factory=dict)  # prefix keys that this tick computes, per model
     drafting: list[Sequence] = field(default_factory=list)
-    tokens: float = 0.0  # budgets that are left; tokens in units of the dearest model's
-    scored: float = 0.0  # the part of them that scorers' texts may take
-    rows: int = 0
+
+    def put(self, span: Span, price: float) -> None:
+        """Compute `span` in this tick."""
+        self.spans.setdefault(span.track.model, []).append(span)
+        self.tokens -= span.count * price
+        self.rows -= span.rows
+
+    def searched(self, price: float) -> int:
+        """How many tokens of a search at `price` there is room for: one at least as long as anything is left."""
+        if self.search <= 0.0:
+            return 0
+        return max(1, int(min(self.search, 1e9) / price))
 
     def pack(self) -> None:
         """Settle the rows' places: drafts may be fewer than planned, and a drafting role has computed some already."""

@@ -33,8 +33,8 @@ def command(
     max_num_seqs: Count = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens of all models in one tick.")] = None,
     max_logit_rows: Count = None,
-    max_scored_tokens: Annotated[
-        int | None, typer.Option(help="Tokens that scorers read in a tick in which streams wait for a token.")
+    max_search_tokens: Annotated[
+        int | None, typer.Option(help="Tokens a tick of searches and their scorers while others stream.")
     ] = None,
     max_queue: Annotated[int | None, typer.Option(help="Sequences that may wait.")] = None,
     kv_memory: Annotated[str | None, typer.Option(help="Bytes for keys and values, such as 8GiB.")] = None,

@@ -119,7 +119,7 @@ class Config(Strict):
     max_num_seqs: Positive = 64
     max_num_batched_tokens: Positive = 1024
     max_logit_rows: Positive = 512
-    max_scored_tokens: Positive = 32
+    max_search_tokens: Positive | None = None
     max_queue: Positive = 1024
     kv_memory: Bytes | None = None
     block_size: Positive = 16
@@ -200,7 +200,7 @@ class Config(Strict):
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_logit_rows=self.max_logit_rows,
-            max_scored_tokens=self.max_scored_tokens,
+            max_search_tokens=self.max_search_tokens,
             max_queue=self.max_queue,
             prefix_cache=self.enable_prefix_caching,
             compile=not self.enforce_eager,

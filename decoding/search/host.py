@@ -110,7 +110,7 @@ class Host:
         Raises BadRequest for a text that the scorer's context or memory has no room for.
         """
         track = stream.tracks[0]
-        pool, limit = self.scheduler.pools[track.model], self.scheduler.limits[track.model]
+        pool, limit = self.scheduler.pools[track.model], self.scheduler.drafts.limits[track.model]
         limit = min(limit, pool.num_blocks * pool.block_size)
         if len(ids) > limit:
             raise BadRequest(
@@ -150,7 +150,7 @@ class Host:
     def check_length(self, sequence: Sequence) -> None:
         """Raises BadRequest if there is no room for what was added to `sequence`."""
         taken, scheduler = len(sequence.output), self.scheduler
-        fits = all(len(t.prompt) + taken <= scheduler.limits[t.model] for t in sequence.tracks)
+        fits = all(len(t.prompt) + taken <= scheduler.drafts.limits[t.model] for t in sequence.tracks)
         ends = {id(track): len(track.prompt) + taken for track in sequence.tracks}
         empty = [replace(track, blocks=[]) for track in sequence.tracks]
         needs = scheduler.blocks.missing(empty, dict(zip(map(id, empty), ends.values())))
@@ -183,7 +183,7 @@ class Host:
             if draft.lookup:
                 draft.lookup.push(token)
             elif draft.own and token >= self.runners[draft.own.model].width:
-                self.scheduler.retire(draft)  # it has no such token, and could not go on behind it
+                self.scheduler.drafts.retire(draft)  # it has no such token, and could not go on behind it
 
     def resume(self, sequence: Sequence) -> None:
         """A resting sequence has something to do."""

@@ -15,6 +15,7 @@ from decoding.prepare import prepare
 from decoding.scorers.spec import ScorerParams
 from decoding.search import SEARCHES, searching
 from decoding.search.cascade import Reference
+from decoding.state import Plan, Stream
 from decoding.text import TextModel
 from tests.decoding.test_search_engine import PLAIN
 from tests.fakes import TableModel, byte_tokenizer, random_table
@@ -107,16 +108,64 @@ def alone() -> tuple[dict[str, str], int]:
     return found, need
 
 
-@pytest.mark.parametrize(("share", "seats"), [(1, 64), (8, 64), (8, 5)])
-def test_all_of_them_at_once_are_what_they_are_alone(alone: tuple[dict[str, str], int], share: int, seats: int) -> None:
+@pytest.mark.parametrize(("share", "seats", "tokens"), [(1, 64, 32), (8, 64, 32), (8, 5, 32), (8, 64, 1), (1, 64, 5)])
+def test_all_of_them_at_once_are_what_they_are_alone(
+    alone: tuple[dict[str, str], int], share: int, seats: int, tokens: int
+) -> None:
     wanted, need = alone
-    engine = make_engine(need // share, max_num_seqs=seats)
+    engine = make_engine(need // share, max_num_seqs=seats, max_search_tokens=tokens)
     for request in requests_of(engine):
         engine.submit(request)
     assert texts(drain(engine)) == wanted
     assert share == 1 or engine.stats().preemptions > 0
     assert all(pool.used == 0 for pool in engine.pools.values())
     assert not engine.scheduler.resting
+
+
+def searched(plan: Plan) -> tuple[int, int, bool]:
+    """Of a tick: rows that hypotheses get, positions that scorers read, and whether others get rows."""
+    rows = sum(sample.count for sample in plan.samples if sample.sequence.goal)
+    read = sum(s.count for spans in plan.spans.values() for s in spans if isinstance(s.sequence, Stream))
+    return rows, read, any(sample.sequence.goal is None for sample in plan.samples)
+
+
+def ticks(
+    monkeypatch: pytest.MonkeyPatch, searches: list[Program], length: int
+) -> list[tuple[int, int, bool, list[str]]]:
+    """`searched` of every tick, and whose hypotheses got the rows: a stream of 40 tokens beside `searches`."""
+    engine = make_engine(8192, max_search_tokens=6)
+    found: list[tuple[int, int, bool, list[str]]] = []
+    make = engine.scheduler.plan
+
+    def plan(drafts: bool = True) -> Plan:
+        made = make(drafts)
+        found.append((*searched(made), [s.sequence.group.request.id for s in made.samples if s.sequence.goal]))
+        return made
+
+    monkeypatch.setattr(engine.scheduler, "plan", plan)
+    for i, program in enumerate([PLAIN, *searches]):
+        sampling = Sampling(max_tokens=length if i else 40, ignore_eos=True, seed=i)
+        engine.submit(replace(prepare(program, f"prompt {i}", sampling, engine.catalog()), id=f"{i}"))
+    drain(engine)
+    assert sum(others for _, _, others, _ in found) == 40  # the stream gets a row in every tick
+    return found
+
+
+def test_hypotheses_take_turns_where_others_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = ticks(monkeypatch, [searching("best_of_n", "base", n=6, vote="majority")] * 3, 20)
+    beside = [names for rows, _, others, names in found if others and rows]
+    assert max(len(names) for names in beside) == 6
+    full = [names for names in beside if len(names) == 6]
+    assert len(full) > 20
+    assert all(names.count(name) == 2 for names in full for name in ("1", "2", "3"))
+    assert max(rows for rows, _, others, _ in found if not others) == 18  # there is no bound when they are alone
+
+
+def test_scorers_read_on_beside_hypotheses_where_others_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    beams = [searching("beam", "base", n=4, width=2, max_steps=8, **GROWN)] * 4
+    beside = [(rows, read) for rows, read, others, _ in ticks(monkeypatch, beams, 32) if others]
+    assert max(rows + read for rows, read in beside) == 6
+    assert max(rows for rows, read in beside if read) == 3
 
 
 @pytest.mark.parametrize("share", [1, 8])
