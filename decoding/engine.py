@@ -56,7 +56,7 @@ from decoding.events import (
 )
 from decoding.forwards import Forwards
 from decoding.generate import Completion, collect
-from decoding.hosting import Rows
+from decoding.hosting import ModelRunner, Rows
 from decoding.judge import JudgeHead
 from decoding.kv import BlockPool
 from decoding.memory import divide_kv
@@ -71,6 +71,7 @@ from decoding.search import known_searches
 from decoding.search.desk import Desk
 from decoding.search.host import Host
 from decoding.state import Group, Plan, Sample, Sequence
+from decoding.streams import use_device
 from decoding.text import Chat, Prompt, TextModel
 
 logger = logging.getLogger("trimtab.engine")
@@ -94,15 +95,17 @@ class Engine:
         remotes: Mapping[str, Remote] | None = None,
     ) -> None:
         self.config = config or EngineConfig()
-        if self.config.max_search_tokens is None:
-            on_gpu = any(held.runner.device.type == "cuda" for held in models.values())
-            self.config = replace(self.config, max_search_tokens=SEARCH_TOKENS["cuda" if on_gpu else "cpu"])
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
         self.hosted = dict(models)
         for id, held in self.hosted.items():
             check_model(scorer_model(id, held))
         self.runners = {id: model.runner for id, model in models.items() if model.adapter is None}
+        self._device = _common_device(self.runners)
+        use_device(self._device)
+        if self.config.max_search_tokens is None:
+            tokens = SEARCH_TOKENS["cuda" if self._device.type == "cuda" else "cpu"]
+            self.config = replace(self.config, max_search_tokens=tokens)
         self.pools: dict[str, BlockPool] = {}
         for id, blocks in divide_kv(self.runners, {i: models[i].kv_memory for i in self.runners}, self.config).items():
             self.runners[id].be_batch_invariant(self.config.batch_invariant)
@@ -117,7 +120,6 @@ class Engine:
         self._events: list[Event] = []
         self._serials = itertools.count()
         self._aborts = 0
-        self._device = next(iter(self.runners.values())).device
         generator = torch.Generator(self._device)
         generator.manual_seed(int.from_bytes(os.urandom(7), "little"))
         self._clock = Clock()
@@ -174,6 +176,7 @@ class Engine:
 
     def step(self) -> list[Event]:
         """One tick. Returns what happened, in order."""
+        use_device(self._device)  # a step may be another thread's than the one before
         self.scheduler.admit()
         plan = self.scheduler.plan(drafts=self._pace.assign(self.scheduler.running))
         self._proposer.propose(plan)
@@ -473,6 +476,15 @@ class Engine:
             None if adapter is None else adapter.of,
             self.hosted[id].kind,
         )
+
+
+def _common_device(runners: Mapping[str, ModelRunner]) -> torch.device:
+    """Where all models are. Raises ModelLoadError if they are not in one place, where their rows can be mixed."""
+    devices = {id: runner.device for id, runner in runners.items()}
+    if len(set(devices.values())) > 1:
+        where = ", ".join(f"'{id}' on {device}" for id, device in devices.items())
+        raise ModelLoadError(f"All models must be on one device, but the engine has {where}.")
+    return next(iter(devices.values()))
 
 
 def _kernel(config: EngineConfig, device: torch.device) -> bool | None:

@@ -21,6 +21,7 @@ from decoding.heads import HeadModel, has_head, read_head_model
 from decoding.host_gate import causal_class, context_limit
 from decoding.runner import Runner
 from decoding.selfcheck import check_head, check_twin, check_weights, own_logits
+from decoding.streams import use_device
 from decoding.weights import first_line, read_weights
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def _load(spec: ModelSpec, compile: bool, self_check: bool, adapters: bool) -> R
     kind = causal_class(config, scores)
     length = context_limit(config, spec.max_model_len)
     device = _device(spec)
+    use_device(device)
     dtype = _dtype(spec, config, device)
     if self_check:
         check_twin(kind, config, True, device)
@@ -132,14 +134,14 @@ def _find_weights(path: Path) -> None:
 
 def _device(spec: ModelSpec) -> torch.device:
     if spec.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(spec.device)
     except RuntimeError as error:
         raise ModelLoadError(f"device '{spec.device}' is not known: {first_line(error)}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelLoadError(f"device '{spec.device}' was asked for, but there is no CUDA device.")
-    return device
+    return torch.device("cuda:0") if spec.device == "cuda" else device
 
 
 def _dtype(spec: ModelSpec, config: Any, device: torch.device) -> torch.dtype:

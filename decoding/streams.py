@@ -12,6 +12,12 @@ import torch
 from decoding.hosting import Rows
 
 
+def use_device(device: torch.device) -> None:
+    """What this thread launches goes to `device`: a kernel's launch asks for the current device, not its tensors'."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 class Streams:
     """A CUDA stream for each of several models, so that small models compute in the shadow of a large one."""
 

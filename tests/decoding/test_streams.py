@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from decoding.core import EngineConfig, ModelLoadError, Sampling
+from decoding.core import EngineConfig, ModelLoadError, ModelSpec, Sampling
 from decoding.engine import Engine
 from decoding.generate import host
 from decoding.hosting import Rows
+from decoding.models import _device
 from decoding.streams import Streams, Timer
-from tests.fakes import byte_tokenizer
+from tests.fakes import TableModel, byte_tokenizer, random_table, table_engine
 from tests.tiny import tiny_model
 
 CUDA = torch.device("cuda", 0)
@@ -162,3 +163,28 @@ def test_an_engine_without_kernels_says_that_it_cannot(monkeypatch: pytest.Monke
     monkeypatch.setattr(hosted.runner, "_kernels", False)
     with pytest.raises(ModelLoadError, match="need kernels"):
         Engine({"base": hosted}, EngineConfig(batch_invariant=True))
+
+
+def test_models_in_several_places_are_refused() -> None:
+    models = {"a": TableModel("a", random_table(1), 3), "b": TableModel("b", random_table(2), 3)}
+    models["a"].device = torch.device("cuda:1")
+    with pytest.raises(ModelLoadError, match="one device, but the engine has 'a' on cuda:1, 'b' on cpu"):
+        table_engine(models)
+
+
+def test_every_tick_launches_on_the_engines_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: used.append(str(device)))
+    engine = table_engine({"a": TableModel("a", random_table(1), 3)})
+    engine.step()
+    assert used == []
+    engine._device = torch.device("cuda:1")
+    engine.step()
+    engine.step()
+    assert used == ["cuda:1", "cuda:1"]
+
+
+@pytest.mark.parametrize(("asked", "found"), [("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1")])
+def test_a_gpu_has_a_number(asked: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert str(_device(ModelSpec("a", "/a", device=asked))) == found
