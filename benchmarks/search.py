@@ -240,8 +240,9 @@ def mixed_searches(count: int) -> list[Program]:
     return [kinds[i % len(kinds)] for i in range(count)]
 
 
-def gaps(engine: Engine, streams: list[Request], others: list[Request]) -> list[float]:
-    """Seconds between two tokens of a stream, of all `streams`, while `others` run too."""
+def gaps(engine: Engine, streams: list[Request], others: list[Request]) -> tuple[list[float], float]:
+    """Seconds between two tokens of a stream, of all `streams`, while `others` run too; and until all have ended."""
+    began = time.perf_counter()
     for request in (*others, *streams):
         engine.submit(request)
     last: dict[str, float] = {}
@@ -262,7 +263,7 @@ def gaps(engine: Engine, streams: list[Request], others: list[Request]) -> list[
                 last[event.request_id] = now
     while engine.has_work():
         engine.step()
-    return found
+    return found, time.perf_counter() - began
 
 
 def measure_mixed(folder: Path, args: argparse.Namespace) -> Result:
@@ -274,7 +275,7 @@ def measure_mixed(folder: Path, args: argparse.Namespace) -> Result:
     per_block = sum(model.runner.kv_bytes_per_block(16) for model in hosted.values())
     need = 2 * count * 4 * length * per_block // 16  # of four hypotheses a search, and as much for the streams
     for label, memory in (("ample", 2 * need), ("an eighth", need // 8)):
-        engine = Engine(hosted, EngineConfig(kv_memory=memory))
+        engine = Engine(hosted, EngineConfig(kv_memory=memory, max_search_tokens=args.search_tokens))
         sampling = Sampling(temperature=0.8, max_tokens=length, ignore_eos=True, seed=1)
 
         def streams(name: str, engine: Engine = engine, sampling: Sampling = sampling) -> list[Request]:
@@ -285,13 +286,18 @@ def measure_mixed(folder: Path, args: argparse.Namespace) -> Result:
 
         short = replace(sampling, max_tokens=length // 2)
         beside: dict[str, list[float]] = {"plain": [], "searches": []}
+        whole: dict[str, list[float]] = {"plain": [], "searches": []}
         for turn in range(args.rounds):
-            mine = streams(f"a{turn}")
-            beside["plain"] += gaps(engine, mine, streams(f"b{turn}"))
             searches = [
                 ask(engine, each, f"search {i} of {turn}", short) for i, each in enumerate(mixed_searches(count))
             ]
-            beside["searches"] += gaps(engine, streams(f"c{turn}"), searches)
+            for name, mine, others in (
+                ("plain", streams(f"a{turn}"), streams(f"b{turn}")),
+                ("searches", streams(f"c{turn}"), searches),
+            ):
+                found, seconds = gaps(engine, mine, others)
+                beside[name] += found
+                whole[name].append(seconds)
         medians = {name: 1e3 * statistics.median(values) for name, values in beside.items()}
         slowest = {name: 1e3 * statistics.quantiles(values, n=100)[98] for name, values in beside.items()}
         result[label] = {
@@ -299,6 +305,7 @@ def measure_mixed(folder: Path, args: argparse.Namespace) -> Result:
             "preemptions": engine.stats().preemptions,
             "median ms between tokens": medians,
             "p99 ms between tokens": slowest,
+            "seconds until all have ended": {name: statistics.median(values) for name, values in whole.items()},
             "median over beside plain": medians["searches"] / medians["plain"],
         }
     return result
@@ -320,6 +327,7 @@ def main() -> None:
     parser.add_argument(
         "--one-in", type=int, default=1, help="the peer of prm reads one text in so many, and it counts so many times"
     )
+    parser.add_argument("--search-tokens", type=int, help="max_search_tokens of mixed; by default the engine's")
     parser.add_argument("--quick", action="store_true", help="short texts of tiny models, to see that it works")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "search-cpu.json")
     args = parser.parse_args()

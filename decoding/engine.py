@@ -32,7 +32,6 @@ from decoding.core import (
     Constraint,
     EngineConfig,
     EngineFailure,
-    ModelLoadError,
     ModelSpec,
     Overloaded,
     Program,
@@ -46,7 +45,6 @@ from decoding.events import (
     Done,
     Event,
     Failed,
-    ModelInfo,
     Progress,
     PromptLogprobs,
     SearchReport,
@@ -56,20 +54,18 @@ from decoding.events import (
 )
 from decoding.forwards import Forwards
 from decoding.generate import Completion, collect
-from decoding.hosting import ModelRunner, Rows
+from decoding.hosting import Rows
 from decoding.judge import JudgeHead
-from decoding.kv import BlockPool
-from decoding.memory import divide_kv
 from decoding.pace import Clock, Pace
 from decoding.prepare import Entry, prepare
 from decoding.propose import Proposer
 from decoding.sampling import Drawn, Position, hard_mask
 from decoding.scheduler import Scheduler
-from decoding.scorers.build import ScorerModel, check_model, make_scorer
-from decoding.scorers.spec import Remote, Scorer, ScorerSpec
+from decoding.scorers.spec import Remote
 from decoding.search import known_searches
 from decoding.search.desk import Desk
 from decoding.search.host import Host
+from decoding.served import Served
 from decoding.state import Group, Plan, Sample, Sequence
 from decoding.streams import use_device
 from decoding.text import Chat, Prompt, TextModel
@@ -94,28 +90,19 @@ class Engine:
         judges: Mapping[str, JudgeHead] | None = None,
         remotes: Mapping[str, Remote] | None = None,
     ) -> None:
-        self.config = config or EngineConfig()
-        if self.config.threads:
-            torch.set_num_threads(self.config.threads)
-        self.hosted = dict(models)
-        for id, held in self.hosted.items():
-            check_model(scorer_model(id, held))
-        self.runners = {id: model.runner for id, model in models.items() if model.adapter is None}
-        self._device = _common_device(self.runners)
-        use_device(self._device)
-        if self.config.max_search_tokens is None:
-            tokens = SEARCH_TOKENS["cuda" if self._device.type == "cuda" else "cpu"]
-            self.config = replace(self.config, max_search_tokens=tokens)
-        self.pools: dict[str, BlockPool] = {}
-        for id, blocks in divide_kv(self.runners, {i: models[i].kv_memory for i in self.runners}, self.config).items():
-            self.runners[id].be_batch_invariant(self.config.batch_invariant)
-            self.runners[id].allocate(blocks, self.config.block_size)
-            self.runners[id].warm_up(self.config.compile_from)
-            self.pools[id] = BlockPool(blocks, self.config.block_size)
+        config = config or EngineConfig()
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.served = served = Served(models, config, judges, remotes)
+        self.hosted, self.runners, self.pools = served.hosted, served.runners, served.pools
+        self.models = served.models
+        self._device = served.device
+        if config.max_search_tokens is None:
+            config = replace(config, max_search_tokens=SEARCH_TOKENS["cuda" if self._device.type == "cuda" else "cpu"])
+        self.config = config
         costs = {id: max(runner.cost, 1e-9) for id, runner in self.runners.items()}
         limits = {id: runner.max_model_len for id, runner in self.runners.items()}
-        self.scheduler = Scheduler(self.pools, costs, self.config, limits)
-        self.models = tuple(self._info(id) for id in self.hosted)
+        self.scheduler = Scheduler(self.pools, costs, config, limits)
         self._groups: dict[str, Group] = {}
         self._events: list[Event] = []
         self._serials = itertools.count()
@@ -124,15 +111,13 @@ class Engine:
         generator.manual_seed(int.from_bytes(os.urandom(7), "little"))
         self._clock = Clock()
         self._pace = Pace(self._clock)
-        self._forwards = Forwards(self.runners, self.scheduler, self._clock, self._fail, self.config.side_streams)
+        self._forwards = Forwards(self.runners, self.scheduler, self._clock, self._fail, config.side_streams)
         self._proposer = Proposer(self._forwards.run, generator, self._clock, self._pace)
-        heads = {id: replace(head, weight=head.weight.to(self._device)) for id, head in (judges or {}).items()}
-        self.judges, self.remotes = heads, dict(remotes or {})
-        self._decider = Decider(
-            self._device, generator, lambda id: self.hosted[id].text, self.judges, _kernel(self.config, self._device)
-        )
+        kernel = _kernel(config, self._device)
+        self.judges = served.judges
+        self._decider = Decider(self._device, generator, lambda id: self.hosted[id].text, self.judges, kernel)
         self._host = Host(
-            self.hosted, self.runners, self.scheduler, self.judges, self.catalog, self._make_scorer, self._serials
+            self.hosted, self.runners, self.scheduler, self.judges, self.catalog, served.make_scorer, self._serials
         )
         self._desk = Desk(self._host)
 
@@ -186,32 +171,27 @@ class Engine:
         events, self._events = self._events, []
         return events
 
+    def catalog(self) -> dict[str, Entry]:
+        """What is served now, as `prepare` wants it."""
+        return self.served.catalog()
+
     def load_adapter(self, spec: ModelSpec, text: TextModel | None = None) -> None:
         """Serve the adapter `spec` from the next request on, in place of an earlier one with its id.
 
         `text` is its own text side, by default the model's. Raises ModelLoadError; then nothing has changed.
         """
-        taken = self.hosted.get(spec.id)
-        base = self.hosted.get(spec.of or "")
-        if base is None or base.adapter is not None:
-            raise ModelLoadError(f"The adapter '{spec.id}' is of '{spec.of}', which is no model that is served.")
-        if taken is not None and (taken.adapter is None or taken.adapter.of != spec.of):
-            raise ModelLoadError(f"The id '{spec.id}' is taken.")
+        self.served.check_adapter(spec)
         self._refuse_while_used(spec.id)
-        info = base.runner.load_adapter(spec.id, spec.path)
+        self.served.load_adapter(spec, text)
+        self.models = self.served.models
         self._decider.forget(spec.id)
-        self.hosted[spec.id] = Hosted(base.runner, text or base.text, adapter=info)
-        self.models = tuple(self._info(id) for id in self.hosted)
 
     def unload_adapter(self, id: str) -> None:
         """Stop serving an adapter. Raises UnknownModel, and AdapterInUse while requests use it."""
-        held = self.hosted.get(id)
-        if held is None or held.adapter is None:
-            raise UnknownModel(id, [each for each, model in self.hosted.items() if model.adapter is not None])
+        self.served.known_adapter(id)
         self._refuse_while_used(id)
-        held.runner.unload_adapter(id)
-        del self.hosted[id]
-        self.models = tuple(self._info(each) for each in self.hosted)
+        self.served.unload_adapter(id)
+        self.models = self.served.models
 
     def _refuse_while_used(self, id: str) -> None:
         users = [g for g in self._groups.values() if id in _adapters(g) | self._desk.adapters(g)]
@@ -432,14 +412,6 @@ class Engine:
 
     # -- searches -----------------------------------------------------------------------------------------------
 
-    def catalog(self) -> dict[str, Entry]:
-        """What is served now, as `prepare` wants it."""
-        return {info.id: Entry(self.hosted[info.id].text, info) for info in self.models}
-
-    def _make_scorer(self, spec: ScorerSpec, model: str) -> Scorer:
-        """The scorer that a request to `model` asks for. Raises BadRequest and EngineFailure."""
-        return make_scorer(spec, {id: scorer_model(id, held) for id, held in self.hosted.items()}, self.remotes, model)
-
     def _tell_progress(self, request_id: str, message: str, numbers: Mapping[str, float]) -> None:
         self._events.append(Progress(request_id, message, tuple(numbers.items())))
 
@@ -460,47 +432,12 @@ class Engine:
                 self._events += deltas
                 self._end(group, report)
 
-    def _info(self, id: str) -> ModelInfo:
-        adapter = self.hosted[id].adapter
-        model = id if adapter is None else adapter.of
-        runner, pool = self.runners[model], self.pools[model]
-        capacity = pool.num_blocks * pool.block_size
-        return ModelInfo(
-            id,
-            min(runner.max_model_len, capacity),
-            runner.width,
-            capacity,
-            runner.parameters if adapter is None else adapter.parameters,
-            str(runner.dtype).removeprefix("torch."),
-            str(runner.device),
-            None if adapter is None else adapter.of,
-            self.hosted[id].kind,
-        )
-
-
-def _common_device(runners: Mapping[str, ModelRunner]) -> torch.device:
-    """Where all models are. Raises ModelLoadError if they are not in one place, where their rows can be mixed."""
-    devices = {id: runner.device for id, runner in runners.items()}
-    if len(set(devices.values())) > 1:
-        where = ", ".join(f"'{id}' on {device}" for id, device in devices.items())
-        raise ModelLoadError(f"All models must be on one device, but the engine has {where}.")
-    return next(iter(devices.values()))
-
 
 def _kernel(config: EngineConfig, device: torch.device) -> bool | None:
     """What mixes and samples, as `decoding.mix.mix` takes it."""
     if config.kernels == "auto":
         return True if device.type == "cuda" and find_spec("triton") is not None else None
     return {"host": None, "triton": True, "reference": False}[config.kernels]
-
-
-def scorer_model(id: str, held: Hosted) -> ScorerModel:
-    """A hosted model as scorers see it."""
-    spec = held.spec or ModelSpec(id, "")
-    kind = "adapter" if held.adapter is not None and held.kind == "causal" else held.kind
-    head = getattr(held.runner, "head", None)
-    tokens = tuple(spec.score_tokens or ())
-    return ScorerModel(id, held.text, kind, held.runner.width, head, spec.step_marker, tokens, spec.rendering)
 
 
 def _adapters(group: Group) -> set[str | None]:

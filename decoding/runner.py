@@ -105,9 +105,14 @@ class Runner:
         self.release()
 
     def be_batch_invariant(self, on: bool) -> None:
-        """Whether rows have the same bits in every batch; before `allocate`. Raises ModelLoadError without kernels."""
+        """Whether rows have the same bits in every batch; before `allocate`. Raises ModelLoadError if they cannot."""
         if on and not (self._kernels or self._triton):
             raise ModelLoadError("Rows that do not depend on their batch need kernels: triton, or a C++ compiler.")
+        if on and has_experts(self.model):
+            raise ModelLoadError(
+                f"'{self.id}' is a mixture of experts: how many tokens an expert gets depends on the batch, and "
+                "so do the bits of its rows. Serve it without batch_invariant."
+            )
         self._invariant = on
 
     # -- KV pool ------------------------------------------------------------------------------------------------
@@ -347,6 +352,11 @@ def _free_name() -> str:
     while f"trimtab_{n}" in AttentionInterface._global_mapping:
         n += 1
     return f"trimtab_{n}"
+
+
+def has_experts(model: torch.nn.Module) -> bool:
+    """Whether tokens go to different experts. Their weights are stacked, or modules of a list."""
+    return any(".experts." in name or weight.ndim == 3 for name, weight in model.named_parameters())
 
 
 def _length(model: PreTrainedModel, wanted: int | None) -> int:

@@ -374,7 +374,7 @@ def test_an_engine_of_a_policy_and_a_reward_model(tmp_path: Path) -> None:
         engine.generate("Q", program, Sampling(max_tokens=12, temperature=0.0, allowed_token_ids=tuple(range(97, 123))))
     finally:
         del search.HIDDEN["test"]
-    scorer: Any = engine._make_scorer("rm", "base")
+    scorer: Any = engine.served.make_scorer("rm", "base")
     for text, values in found:
         ids = list(scorer.render(Hypothesis("Q", (text,))).ids)
         with torch.no_grad():

@@ -13,9 +13,10 @@ from decoding.engine import Engine
 from decoding.generate import host
 from decoding.hosting import Rows
 from decoding.models import _device
+from decoding.runner import has_experts
 from decoding.streams import Streams, Timer
 from tests.fakes import TableModel, byte_tokenizer, random_table, table_engine
-from tests.tiny import tiny_model
+from tests.tiny import SERVED, tiny_model
 
 CUDA = torch.device("cuda", 0)
 
@@ -163,6 +164,17 @@ def test_an_engine_without_kernels_says_that_it_cannot(monkeypatch: pytest.Monke
     monkeypatch.setattr(hosted.runner, "_kernels", False)
     with pytest.raises(ModelLoadError, match="need kernels"):
         Engine({"base": hosted}, EngineConfig(batch_invariant=True))
+
+
+def test_mixtures_of_experts_say_that_they_cannot() -> None:
+    hosted = host("base", tiny_model("mixtral", vocab_size=257), byte_tokenizer())
+    with pytest.raises(ModelLoadError, match="mixture of experts"):
+        Engine({"base": hosted}, EngineConfig(batch_invariant=True))
+
+
+@pytest.mark.parametrize("arch", list(SERVED))
+def test_experts_are_seen(arch: str) -> None:
+    assert has_experts(tiny_model(arch)) == ("num_experts" in SERVED[arch])
 
 
 def test_models_in_several_places_are_refused() -> None:
