@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ from decoding.events import TokenLogprob
 from decoding.hosting import Rows
 from decoding.judge import JudgeHead
 from decoding.mix import mix
-from decoding.sampling import Drawn, Position, hard_mask, log_softmax_rows, token_logprobs
+from decoding.sampling import Drawn, Position, hard_mask, log_softmax_rows, processes, reported, token_logprobs
 from decoding.state import Group, Sample, Sequence, Told
 from decoding.text import TextModel
 from decoding.trace import Chosen, trace
@@ -55,7 +55,7 @@ class Decider:
 
     def decide(self, samples: Seq[Sample], rows: Mapping[str, Rows]) -> Decision:
         """Everything that the samples' rows decide. Changes nothing: a batch that failed may be tried again."""
-        mixed = mix(samples, rows, self._allowed, self._starts, self._kernel)
+        mixed = mix(samples, rows, self._allowed, self._starts, self._kernel, self._processed)
         decision = Decision(scored=_score_prompts(samples, mixed.z))
         _tell(samples, mixed.z, decision)
         due: list[Sample] = []
@@ -76,7 +76,7 @@ class Decider:
         for sample in due:
             checks.append(Check(sample.sequence, start, self._scores(sample, rows)))
             start += sample.drafts + 1
-        found = self._verify(z, checks)
+        found = self._verify(z, checks, {i for i, row in enumerate(index) if row in mixed.processed})
         decision.tokens = {sample.sequence: drawn for sample, drawn in zip(due, found, strict=True)}
         weights = mixed.weights()
         for sample, drawn, first in zip(due, found, firsts, strict=True):
@@ -85,12 +85,12 @@ class Decider:
         _trace(due, decision, rows)
         return decision
 
-    def _verify(self, z: torch.Tensor, checks: Seq[Check]) -> list[list[Drawn]]:
+    def _verify(self, z: torch.Tensor, checks: Seq[Check], processed: Set[int]) -> list[list[Drawn]]:
         if self._kernel is None:
             return verify(z, checks, self._generator)
         from decoding.device_verify import verify_on_device  # needs triton
 
-        return verify_on_device(z, checks, self._generator, self._kernel)
+        return verify_on_device(z, checks, self._generator, self._kernel, processed)
 
     def forget(self, model: str) -> None:
         """The text side of `model` has changed."""
@@ -115,6 +115,21 @@ class Decider:
             return None
         drafts = sample.sequence.draft.tokens if sample.sequence.draft else []
         return hard_mask(Position(sample.sequence, tuple(drafts[:behind])), sample.sequence.group.width, self._device)
+
+    def _processed(self, sample: Sample, i: int) -> Position | None:
+        """Where the sample's i-th row is, if it is drawn from and nobody reads it before the processors change it.
+
+        Log-probs are of the row before, and so is what rules that compare models or judge see of drafted rows.
+        """
+        sequence = sample.sequence
+        behind = sample.first + i - (len(sequence.output) - 1)
+        if behind < 0 or not sample.draws or reported(sequence) is not None:
+            return None
+        rule = Check(sequence, 0).rule
+        if behind < sample.drafts and (rule.compares or rule.judges):
+            return None
+        at = Position(sequence, tuple(sequence.draft.tokens[:behind]) if sequence.draft else ())
+        return at if processes(at) else None
 
     def _starts(self, model: str, width: int) -> torch.Tensor:
         """Ids that begin a new word of `model`'s text, or end it: [width] bool. Made once per model and width."""

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from decoding.combine import OUTSIDE, Gating, Track
+from decoding.device_process import bits_of, edits_of
+from decoding.sampling import Position
 from decoding.upload import uploaded
 from triton_kernels.cutoffs import cutoffs
 from triton_kernels.mix import Gates, mix
@@ -42,22 +44,19 @@ class DeviceRows:
         gatings: Sequence[Gating | None],
         floor: tuple[int, Sequence[float]] | None = None,
         masks: Sequence[Tensor | None] = (),
+        places: Sequence[Position | None] = (),
+        hide: bool = False,
     ) -> Tensor:
         """See `TorchRows.mix`. floor: a track, and each row's least ratio to its best token.
 
-        masks: each row's allowed tokens [W] bool, None for all.
+        masks: each row's allowed tokens [W] bool, None for all; hide: they are applied, else the floor alone looks at
+        them. places: whose penalties and bias are applied to each row, None for none.
         """
         logs, device = None, weights.device
         if floor is not None:
             ratios = [math.log(ratio) if ratio > 0 else -math.inf for ratio in floor[1]]
             logs = (floor[0], uploaded(ratios, device, torch.float32))
-        known = [mask[: self._width] for mask in masks if mask is not None]
-        bits = mask_of = None
-        if known:
-            bits = packed(torch.stack(known))
-            places = iter(range(len(known)))
-            own = [-1 if mask is None else next(places) for mask in masks]
-            mask_of = uploaded(own, device, torch.int32)
+        bits, mask_of = bits_of(masks, self._width, device)
         gates = list(dict.fromkeys(gating for gating in gatings if gating is not None))
         cuts = [self._cut(gate) for gate in gates]
         found = mix(
@@ -79,7 +78,8 @@ class DeviceRows:
             logs,
             bits,
             mask_of,
-            hide=False,
+            edits_of(places, device),
+            hide,
             kernel=self._kernel,
         )
         return found.z
@@ -91,10 +91,3 @@ class DeviceRows:
         logits = self._logits[gate.of]
         cut = cutoffs(logits, index, self._width, ones, none, top_p, torch.zeros_like(ones), kernel=self._kernel)
         return cut.least, cut.last
-
-
-def packed(masks: Tensor) -> Tensor:
-    """[M, W] bool to [M, ceil(W / 32)] int32, bit v % 32 of word v // 32 for id v."""
-    padded = torch.nn.functional.pad(masks, (0, -masks.shape[1] % 32)).view(len(masks), -1, 32)
-    powers = torch.ones(32, dtype=torch.int64, device=masks.device) << torch.arange(32, device=masks.device)
-    return (padded * powers).sum(2).to(torch.int32)

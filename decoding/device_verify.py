@@ -7,7 +7,7 @@ their tokens are others than the host's, of the same distribution; those of seed
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -70,13 +70,20 @@ class _Params:
 
 
 def verify_on_device(
-    z: Tensor, checks: Seq[Check], generator: torch.Generator, kernel: bool | None = None
+    z: Tensor,
+    checks: Seq[Check],
+    generator: torch.Generator,
+    kernel: bool | None = None,
+    processed: Set[int] = frozenset(),
 ) -> list[list[Drawn]]:
-    """See `accept.verify`. kernel: as the wrappers of `triton_kernels` take it; False runs their references."""
+    """See `accept.verify`. kernel: as the wrappers of `triton_kernels` take it; False runs their references.
+
+    processed: rows that the processors have changed already.
+    """
     places = [Position(c.sequence, c.drafts[:i]) for c in checks for i in range(len(c.drafts) + 1)]
     assert len(places) == len(z), "one row per position"
     params = _Params.of(places, checks, generator, z.device)
-    touched = [row for row, at in enumerate(places) if processes(at)]
+    touched = [row for row, at in enumerate(places) if row not in processed and processes(at)]
     report = {row: k for row, at in enumerate(places) if (k := reported(at.sequence)) is not None}
     before = [row for row in touched if row in report]
     saved = z[_ids(before, z.device)]  # log-probs are of the rows before the processors

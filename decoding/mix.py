@@ -9,27 +9,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from decoding.combine import Gating, KernelRows, TorchRows, rows_together
 from decoding.core import Policy, Solver
 from decoding.hosting import Rows
+from decoding.sampling import Position
 from decoding.state import Sample
 from decoding.truncate import cut_below
 from decoding.upload import uploaded
 
+if TYPE_CHECKING:
+    from decoding.device_mix import DeviceRows
+
 Allowed = Callable[[Sample, int], torch.Tensor | None]  # (sample, its i-th row) -> [W] bool, None: every token is
+Processed = Callable[[Sample, int], Position | None]  # where its i-th row is wanted after the processors alone
 Starts = Callable[[str, int], torch.Tensor]  # (text model, width) -> [W] bool, ids that begin a word
 
 
 @dataclass(slots=True)
 class Mixed:
-    """z: [S, W] fp32 mixed logits of all samples' rows. solved: what solvers chose, [n, J] with the rows of z."""
+    """z: [S, W] fp32 mixed logits of all samples' rows. solved: what solvers chose, [n, J] with the rows of z.
+
+    processed: rows of z that the processors have changed already.
+    """
 
     z: torch.Tensor
     solved: list[tuple[list[int], torch.Tensor]]
+    processed: set[int] = field(default_factory=set)
 
     def weights(self) -> dict[int, list[float]]:
         """What a solver chose, by row: J floats. Waits for the device."""
@@ -37,12 +47,18 @@ class Mixed:
 
 
 def mix(
-    samples: Sequence[Sample], rows: Mapping[str, Rows], allowed: Allowed, starts: Starts, kernel: bool | None = None
+    samples: Sequence[Sample],
+    rows: Mapping[str, Rows],
+    allowed: Allowed,
+    starts: Starts,
+    kernel: bool | None = None,
+    processed: Processed = lambda *_: None,
 ) -> Mixed:
     """The mixed logits of all samples' rows, in order; W is the widest mix, narrower ones are padded with -inf.
 
     Samples with the same models and the same shape of policy are computed together, whatever their weights and
-    strategies. kernel: True for the kernels of `triton_kernels`, False for their specifications, None for the host's.
+    strategies. kernel: True for the kernels of `triton_kernels`, False for their specifications, None for the host's,
+    which leaves the processors to others.
     """
     total = sum(sample.count for sample in samples)
     groups: dict[object, list[tuple[int, Sample]]] = {}
@@ -51,15 +67,16 @@ def mix(
         groups.setdefault(_shape(sample), []).append((start, sample))
         start += sample.count
     if len(groups) == 1:
-        return _mix_group(next(iter(groups.values())), rows, allowed, starts, kernel)
+        return _mix_group(next(iter(groups.values())), rows, allowed, starts, kernel, processed)
     widest = max(sample.sequence.group.width for sample in samples)
     device = next(iter(rows.values())).logits.device
     mixed = Mixed(torch.full((total, widest), -torch.inf, device=device), [])
     for members in groups.values():
         index = [at + i for at, sample in members for i in range(sample.count)]
-        part = _mix_group(members, rows, allowed, starts, kernel)
+        part = _mix_group(members, rows, allowed, starts, kernel, processed)
         mixed.z[uploaded(index, device), : part.z.shape[1]] = part.z
         mixed.solved += part.solved
+        mixed.processed |= part.processed
     return mixed
 
 
@@ -79,6 +96,7 @@ def _mix_group(
     allowed: Allowed,
     starts: Starts,
     kernel: bool | None,
+    processed: Processed,
 ) -> Mixed:
     samples = [sample for _, sample in members]
     group = samples[0].sequence.group
@@ -97,16 +115,43 @@ def _mix_group(
         weights = uploaded(values, tracks[0][0].device)  # [n, J]
     names = {term.name: of[j] for j, term in enumerate(policy.terms)}
     gatings = [_gating(policies, j, names) for j in range(len(of))]
-    if not policy.plausibility:
-        return Mixed(source.mix(of, weights, gatings), solved)
-    reference = names[policy.plausibility.of]
     ratios = [each.plausibility.ratio for each in policies if each.plausibility]
-    masks = [allowed(sample, i) for sample in samples for i in range(sample.count)]
-    if isinstance(source, TorchRows | KernelRows):
-        z = _mask_implausible(source.mix(of, weights, gatings), source.rows(reference), ratios, masks)
-    else:
-        z = source.mix(of, weights, gatings, (reference, ratios), masks)
+    floor = (names[policy.plausibility.of], ratios) if policy.plausibility else None
+    if not isinstance(source, TorchRows | KernelRows):
+        return _mix_on_device(members, source, weights, gatings, floor, solved, allowed, processed)
+    z = source.mix(of, weights, gatings)
+    if floor is not None:
+        masks = [allowed(sample, i) for sample in samples for i in range(sample.count)]
+        z = _mask_implausible(z, source.rows(floor[0]), ratios, masks)
     return Mixed(z, solved)
+
+
+def _mix_on_device(
+    members: Sequence[tuple[int, Sample]],
+    source: DeviceRows,
+    weights: torch.Tensor,
+    gatings: Sequence[Gating | None],
+    floor: tuple[int, Sequence[float]] | None,
+    solved: list[tuple[list[int], torch.Tensor]],
+    allowed: Allowed,
+    processed: Processed,
+) -> Mixed:
+    """The rows that nobody wants without the processors get them on the way.
+
+    One launch hides either all its masks' tokens or none: beside a row that the floor wants a mask of and that is not
+    to be processed, rows with masks are left alone too.
+    """
+    spots = [(at + i, sample, i) for at, sample in members for i in range(sample.count)]
+    places = [processed(sample, i) for _, sample, i in spots]
+    masks = [
+        allowed(sample, i) if floor or place else None for (_, sample, i), place in zip(spots, places, strict=True)
+    ]
+    hide = all(mask is None or place for mask, place in zip(masks, places, strict=True))
+    if not hide:
+        places = [place if mask is None else None for mask, place in zip(masks, places, strict=True)]
+    of = members[0][1].sequence.group.term_tracks
+    z = source.mix(of, weights, gatings, floor, masks, places, hide)
+    return Mixed(z, solved, {row for (row, _, _), place in zip(spots, places, strict=True) if place})
 
 
 def _solve(
