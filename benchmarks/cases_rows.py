@@ -169,8 +169,8 @@ def mix_and_verify(d: Dims) -> list[Case]:
         return mixed, _sampling(device, rows, 0, 0.9, 0.0), keys, steps, bonus, torch.full_like(keys[:, 0], -1)
 
     def run(kernel: bool, mixed: Inputs, sampling: Inputs, *more: Tensor) -> Any:
-        z = k.mix(*mixed, kernel=kernel).z
-        return v.sample_verify(z, *sampling, *more, accept=lambda p: p > 0, kernel=kernel)[0]
+        z, best, _ = k.mix(*mixed, kernel=kernel)
+        return v.sample_verify(z, *sampling, *more, accept=lambda p: p > 0, best=best, kernel=kernel)[0]
 
     return [
         Case(

@@ -70,13 +70,16 @@ class Decider:
                 index += range(row - sample.drafts - 1, row)
         if not due:
             return decision
-        z = mixed.z if len(index) == len(mixed.z) else mixed.z[uploaded(index, self._device)]
+        z, best = mixed.z, mixed.best
+        if len(index) < len(z):
+            at = uploaded(index, self._device)
+            z, best = z[at], None if best is None else best[at]
         checks: list[Check] = []
         start = 0
         for sample in due:
             checks.append(Check(sample.sequence, start, self._scores(sample, rows)))
             start += sample.drafts + 1
-        found = self._verify(z, checks, {i for i, row in enumerate(index) if row in mixed.processed})
+        found = self._verify(z, checks, {i for i, row in enumerate(index) if row in mixed.processed}, best)
         decision.tokens = {sample.sequence: drawn for sample, drawn in zip(due, found, strict=True)}
         weights = mixed.weights()
         for sample, drawn, first in zip(due, found, firsts, strict=True):
@@ -85,12 +88,14 @@ class Decider:
         _trace(due, decision, rows)
         return decision
 
-    def _verify(self, z: torch.Tensor, checks: Seq[Check], processed: Set[int]) -> list[list[Drawn]]:
+    def _verify(
+        self, z: torch.Tensor, checks: Seq[Check], processed: Set[int], best: torch.Tensor | None
+    ) -> list[list[Drawn]]:
         if self._kernel is None:
             return verify(z, checks, self._generator)
         from decoding.device_verify import verify_on_device  # needs triton
 
-        return verify_on_device(z, checks, self._generator, self._kernel, processed)
+        return verify_on_device(z, checks, self._generator, self._kernel, processed, best)
 
     def forget(self, model: str) -> None:
         """The text side of `model` has changed."""

@@ -34,7 +34,7 @@ class DeviceRows:
         """Track t's rows: [n, width] fp32, not to be written to. What is not finite is -inf."""
         if t not in self._plain:
             ones = torch.ones(self._index.shape[1], 1, device=self._index.device)
-            self._plain[t] = self.mix([t], ones, [None])
+            self._plain[t] = self.mix([t], ones, [None])[0]
         return self._plain[t]
 
     def mix(
@@ -46,9 +46,10 @@ class DeviceRows:
         masks: Sequence[Tensor | None] = (),
         places: Sequence[Position | None] = (),
         hide: bool = False,
-    ) -> Tensor:
-        """See `TorchRows.mix`. floor: a track, and each row's least ratio to its best token.
+    ) -> tuple[Tensor, Tensor]:
+        """(z, each row's maximum before masks and edits [n] fp32); see `TorchRows.mix`.
 
+        floor: a track, and each row's least ratio to its best token.
         masks: each row's allowed tokens [W] bool, None for all; hide: they are applied, else the floor alone looks at
         them. places: whose penalties and bias are applied to each row, None for none.
         """
@@ -82,7 +83,7 @@ class DeviceRows:
             hide,
             kernel=self._kernel,
         )
-        return found.z
+        return found.z, found.policy_best
 
     def _cut(self, gate: Gating) -> tuple[Tensor, Tensor]:
         index = self._index[gate.of]

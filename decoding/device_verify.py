@@ -75,24 +75,28 @@ def verify_on_device(
     generator: torch.Generator,
     kernel: bool | None = None,
     processed: Set[int] = frozenset(),
+    best: Tensor | None = None,
 ) -> list[list[Drawn]]:
     """See `accept.verify`. kernel: as the wrappers of `triton_kernels` take it; False runs their references.
 
-    processed: rows that the processors have changed already.
+    processed: rows that the processors have changed already. best: [n] fp32, the rows' maxima before the processors.
     """
     places = [Position(c.sequence, c.drafts[:i]) for c in checks for i in range(len(c.drafts) + 1)]
     assert len(places) == len(z), "one row per position"
     params = _Params.of(places, checks, generator, z.device)
-    touched = [row for row, at in enumerate(places) if row not in processed and processes(at)]
+    changed = [row for row, at in enumerate(places) if processes(at)]
+    touched = [row for row in changed if row not in processed]
     report = {row: k for row, at in enumerate(places) if (k := reported(at.sequence)) is not None}
     before = [row for row in touched if row in report]
     saved = z[_ids(before, z.device)]  # log-probs are of the rows before the processors
     unfiltered = unfiltered_rows(z, checks)
     if touched:
         process_on_device(z, touched, [places[row] for row in touched], kernel)
+    if best is not None and changed:
+        best = best.index_fill(0, _ids(changed, z.device), torch.nan)
     every = torch.arange(len(z), dtype=torch.int32, device=z.device)
     limits = (params.temperature, params.top_k, params.top_p, params.min_p)
-    cut = cutoffs(z, every, z.shape[1], *limits, params.drafts, kernel=kernel)
+    cut = cutoffs(z, every, z.shape[1], *limits, params.drafts, best, kernel=kernel)
     weighed = {row for c in checks if c.weighs for row in rows_of(c)}
     own = [row for row in range(len(z)) if row not in weighed]
     choice = torch.full((len(z),), -1, dtype=torch.int32, device=z.device)

@@ -34,12 +34,14 @@ Starts = Callable[[str, int], torch.Tensor]  # (text model, width) -> [W] bool, 
 class Mixed:
     """z: [S, W] fp32 mixed logits of all samples' rows. solved: what solvers chose, [n, J] with the rows of z.
 
-    processed: rows of z that the processors have changed already.
+    processed: rows of z that the processors have changed already. best: [S] fp32, the rows' maxima before that, on the
+    device path.
     """
 
     z: torch.Tensor
     solved: list[tuple[list[int], torch.Tensor]]
     processed: set[int] = field(default_factory=set)
+    best: torch.Tensor | None = None
 
     def weights(self) -> dict[int, list[float]]:
         """What a solver chose, by row: J floats. Waits for the device."""
@@ -71,10 +73,13 @@ def mix(
     widest = max(sample.sequence.group.width for sample in samples)
     device = next(iter(rows.values())).logits.device
     mixed = Mixed(torch.full((total, widest), -torch.inf, device=device), [])
+    mixed.best = None if kernel is None else torch.empty(total, device=device)
     for members in groups.values():
-        index = [at + i for at, sample in members for i in range(sample.count)]
+        index = uploaded([at + i for at, sample in members for i in range(sample.count)], device)
         part = _mix_group(members, rows, allowed, starts, kernel, processed)
-        mixed.z[uploaded(index, device), : part.z.shape[1]] = part.z
+        mixed.z[index, : part.z.shape[1]] = part.z
+        if mixed.best is not None and part.best is not None:
+            mixed.best[index] = part.best
         mixed.solved += part.solved
         mixed.processed |= part.processed
     return mixed
@@ -150,8 +155,8 @@ def _mix_on_device(
     if not hide:
         places = [place if mask is None else None for mask, place in zip(masks, places, strict=True)]
     of = members[0][1].sequence.group.term_tracks
-    z = source.mix(of, weights, gatings, floor, masks, places, hide)
-    return Mixed(z, solved, {row for (row, _, _), place in zip(spots, places, strict=True) if place})
+    z, best = source.mix(of, weights, gatings, floor, masks, places, hide)
+    return Mixed(z, solved, {row for (row, _, _), place in zip(spots, places, strict=True) if place}, best)
 
 
 def _solve(

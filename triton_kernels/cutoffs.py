@@ -10,9 +10,10 @@ these: each pass weighs what is above each of 8 pivots, and once few tokens lie 
 searched there.
 
 Launches: 1, a program a row. Reads of the row: 1 without truncation, at T = 0 and for top_k 1; 3 with top-k, top-p or
-both; 1 more with min-p. Flat rows take more: one for each time that more than 2048 tokens lie between two pivots, one
-for ties that do not fit the list, and top-p behind a top-k above 2048 is a search of its own. Reads after the first
-come from the L2 cache while the rows at work fit it (50 MB).
+both, 2 if the row's maximum is given: the first pivots then lie below it, and the lowest of them finds all of the mass;
+1 more with min-p. Flat rows take more: one for each time that more than 2048 tokens lie between two pivots, one for
+ties that do not fit the list, and top-p behind a top-k above 2048 is a search of its own. Reads after the first come
+from the L2 cache while the rows at work fit it (50 MB).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from triton_kernels.floats import finite_or_0, image, value_of, weight_of
 
 Tensor = torch.Tensor
 _LIST = 2048
+_LOWEST, _INFINITE = tl.constexpr(-2139095040), tl.constexpr(2139095040)  # images of the lowest float and of infinity
 COLDEST = 1e-30  # a temperature below it is this one: fp32 has no smaller number worth dividing by
 
 
@@ -127,6 +129,25 @@ def _pivots(turn, lo, hi, best, low, PIVOTS: tl.constexpr):
 
 
 @triton.jit
+def _first_pivots(best, unit, by_mass, PIVOTS: tl.constexpr):
+    """[PIVOTS] images (int64) below a best whose row is not known: mostly dense where the edge mostly is, then all."""
+    j = tl.arange(0, PIVOTS)
+    down = tl.where(by_mass, tl.where(j < PIVOTS - 2, 3.0 + 2.0 * j, 87.0), 4.0 * tl.exp2(0.5 * j))
+    return tl.where(j < PIVOTS - 1, image(best - down * unit).to(tl.int64), _LOWEST)
+
+
+@triton.jit
+def _narrow(pivots, masses, counts, weighs, target, lo, hi, at_lo, at_hi, mass_hi):
+    """(lo, hi, tokens from lo up, from hi up, mass from hi up) by what is above the pivots; lo reaches in any case."""
+    reaches = (tl.where(weighs, masses, counts.to(tl.float32)) >= target) | (pivots <= lo)
+    lo = tl.maximum(lo, tl.max(tl.where(reaches, pivots, lo), axis=0))
+    hi = tl.minimum(hi, tl.min(tl.where(reaches, hi, pivots), axis=0))
+    at_lo = tl.minimum(at_lo, tl.min(tl.where(reaches, counts, at_lo), axis=0))
+    at_hi = tl.maximum(at_hi, tl.max(tl.where(reaches, 0, counts), axis=0))
+    return lo, hi, at_lo, at_hi, tl.maximum(mass_hi, tl.max(tl.where(reaches, 0.0, masses), axis=0))
+
+
+@triton.jit
 def _weigh(row, width, pivots, best, scale, PIVOTS: tl.constexpr, BLOCK: tl.constexpr):
     """(mass, count) of the tokens from each pivot up: [PIVOTS] fp32 and int32."""
     cut = pivots.to(tl.int32)[:, None]
@@ -172,8 +193,9 @@ def _nth_equal(row, width, value, n, BLOCK: tl.constexpr):
 @triton.jit
 def _cutoffs_kernel(
     z_ptr, index_ptr, temperature_ptr, k_ptr, top_p_ptr, min_p_ptr, values_ptr, ids_ptr,
-    least_ptr, last_ptr, best_ptr, total_ptr, chosen_ptr, prob_ptr, width, stride, CHOSEN: tl.constexpr,
-    COLDEST: tl.constexpr, LIST: tl.constexpr, PIVOTS: tl.constexpr, BLOCK: tl.constexpr,
+    least_ptr, last_ptr, best_ptr, total_ptr, chosen_ptr, prob_ptr, known_ptr, width, stride,
+    CHOSEN: tl.constexpr, KNOWN: tl.constexpr, COLDEST: tl.constexpr, LIST: tl.constexpr, PIVOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
     row = z_ptr + tl.load(index_ptr + i).to(tl.int64) * stride
@@ -183,13 +205,23 @@ def _cutoffs_kernel(
     slot, in_list = i * LIST + tl.arange(0, LIST), tl.arange(0, LIST)
 
     # What is kept: the tokens above `edge` (an image) and the `ties` lowest ids at it; `reach` tokens are at or above.
-    best, first, mass, count, low, odd = _survey(row, width, scale, BLOCK)
+    greedy = (temperature == 0.0) | (k == 1)
+    pivots = tl.full([PIVOTS], _INFINITE, tl.int64)  # of the first pass, if it had any: above these nothing is weighed
+    masses, counts = tl.zeros([PIVOTS], tl.float32), tl.zeros([PIVOTS], tl.int32)
+    known = tl.load(known_ptr + i) if KNOWN else -float("inf")
+    quick = (tl.abs(known) < float("inf")) & (greedy == 0) & ((k > 0) | (top_p < 1.0))
+    if quick:
+        best, first, low, odd = known, tl.full([], 0, tl.int32), known - 2048.0, tl.full([], 0, tl.int1)
+        pivots = _first_pivots(best, tl.where(k > 0, 1.0, scale), k <= 0, PIVOTS)
+        masses, counts = _weigh(row, width, pivots, best, scale, PIVOTS, BLOCK)
+        mass, count = tl.max(masses, axis=0), tl.max(counts, axis=0)
+    else:
+        best, first, mass, count, low, odd = _survey(row, width, scale, BLOCK)
     top = finite_or_0(best)
     least, last = tl.full([], -float("inf"), tl.float32), tl.full([], 0, tl.int32) + width
-    edge, ties, reach = tl.full([], -2139095040, tl.int64), count, count  # the lowest finite float
+    edge, ties, reach = tl.full([], _LOWEST, tl.int64), count, count
     base, base_mass = tl.full([], 0, tl.int32), tl.full([], 0.0, tl.float32)  # what is better than all of the list
     size = tl.full([], -1, tl.int32)  # of the list; -1: there is none
-    greedy = (temperature == 0.0) | (k == 1)
     searched = (odd == 0) & (count > 0) & (greedy == 0)
     for by_mass in tl.range(0, 2):
         weighs = by_mass == 1
@@ -199,17 +231,18 @@ def _cutoffs_kernel(
             lo, hi, at_lo, at_hi = edge, image(top).to(tl.int64) + 1, reach, tl.full([], 0, tl.int32)
             mass_hi = tl.full([], 0.0, tl.float32)
             bottom = tl.where(weighs, tl.maximum(low, top - 87.0 * scale), low)
-            turn = tl.full([], 0, tl.int32)
             size = tl.where(base > 0, -1, size)  # the last list began below some of what is kept
+            if size < 0:
+                lo, hi, at_lo, at_hi, mass_hi = _narrow(
+                    pivots, masses, counts, weighs, target, lo, hi, at_lo, at_hi, mass_hi
+                )
+            turn = tl.where(quick & (lo > _LOWEST), 1, 0)
             while (size < 0) & (hi - lo > 1) & (at_lo - at_hi > LIST):
-                pivots = _pivots(turn, lo, hi, top, bottom, PIVOTS)
-                masses, counts = _weigh(row, width, pivots, top, scale, PIVOTS, BLOCK)
-                reaches = tl.where(weighs, masses, counts.to(tl.float32)) >= target
-                lo = tl.maximum(lo, tl.max(tl.where(reaches, pivots, lo), axis=0))
-                hi = tl.minimum(hi, tl.min(tl.where(reaches, hi, pivots), axis=0))
-                at_lo = tl.minimum(at_lo, tl.min(tl.where(reaches, counts, at_lo), axis=0))
-                at_hi = tl.maximum(at_hi, tl.max(tl.where(reaches, 0, counts), axis=0))
-                mass_hi = tl.maximum(mass_hi, tl.max(tl.where(reaches, 0.0, masses), axis=0))
+                between = _pivots(turn, lo, hi, top, bottom, PIVOTS)
+                more, more_counts = _weigh(row, width, between, top, scale, PIVOTS, BLOCK)
+                lo, hi, at_lo, at_hi, mass_hi = _narrow(
+                    between, more, more_counts, weighs, target, lo, hi, at_lo, at_hi, mass_hi
+                )
                 turn += 1
             if (size < 0) & (at_lo - at_hi <= LIST):
                 whole = at_lo <= LIST  # all that is better fits as well, and serves the search that may follow
@@ -248,9 +281,8 @@ def _cutoffs_kernel(
     if searched & (min_p > 0.0):
         bound = top + tl.minimum(tl.log(min_p), 0.0) * scale
         if bound > least:
-            pivots = image(bound).to(tl.int64) + tl.zeros([1], tl.int64)
-            masses, _ = _weigh(row, width, pivots, top, scale, 1, BLOCK)
-            least, last, mass = bound, tl.full([], 0, tl.int32) + width, tl.sum(masses, axis=0)
+            above, _ = _weigh(row, width, image(bound).to(tl.int64) + tl.zeros([1], tl.int64), top, scale, 1, BLOCK)
+            least, last, mass = bound, tl.full([], 0, tl.int32) + width, tl.sum(above, axis=0)
     tl.store(least_ptr + i, least)
     tl.store(last_ptr + i, last)
     tl.store(best_ptr + i, best)
@@ -272,6 +304,7 @@ def cutoffs(
     top_p: Tensor,
     min_p: Tensor,
     chosen: Tensor | None = None,
+    best: Tensor | None = None,
     *,
     kernel: bool | None = None,
 ) -> Cutoffs:
@@ -280,23 +313,25 @@ def cutoffs(
     source [R, V] fp32, bf16 or fp16, index [n] int32 or int64; of each of the n rows temperature [n] fp32 (0: only the
     best token is kept), top_k [n] int32 (0: none), top_p [n] fp32 (1: none), min_p [n] fp32 (0: none). Nothing is cut
     from a row that holds NaN or +inf; its best and total are of its finite tokens. chosen [n] int32: ids, -1 for none,
-    whose probabilities are wanted. Raises ValueError if the shapes do not fit.
+    whose probabilities are wanted. best [n] fp32: the rows' maxima, NaN where they are not known; rows whose maximum is
+    given hold nothing but finite numbers and -inf. Raises ValueError if the shapes do not fit.
     """
-    params = (temperature, top_k, top_p, min_p)
-    if source.dim() != 2 or not 0 < width <= source.shape[1] or any(x.shape != index.shape for x in params):
+    params, given = (temperature, top_k, top_p, min_p), () if best is None else (best,)
+    if source.dim() != 2 or not 0 < width <= source.shape[1] or any(x.shape != index.shape for x in (*params, *given)):
         raise ValueError(f"cutoffs: source {tuple(source.shape)}, width {width} and parameters do not fit")
     if not on_kernel(source, kernel):
         return cutoffs_reference(source, index, width, *params, chosen)
     source = source if source.stride(1) == 1 else source.contiguous()
     index, n, device = index.contiguous(), index.shape[0], source.device
-    least, best, total, prob = torch.empty(4, n, device=device)
+    least, top, total, prob = torch.empty(4, n, device=device)
     last = torch.empty(n, dtype=torch.int32, device=device)
     values = torch.empty(n, _LIST, device=device)
     ids = torch.empty(n, _LIST, dtype=torch.int32, device=device)
     if n:
         _cutoffs_kernel[(n,)](
-            source, index, *(x.contiguous() for x in params), values, ids, least, last, best, total,
-            last if chosen is None else chosen.contiguous(), prob, width, source.stride(0), chosen is not None,
+            source, index, *(x.contiguous() for x in params), values, ids, least, last, top, total,
+            last if chosen is None else chosen.contiguous(), prob, top if best is None else best.contiguous(),
+            width, source.stride(0), chosen is not None, best is not None,
             COLDEST, _LIST, 8, min(1024, power_of_two(width, 32)), num_warps=16,
         )  # fmt: skip
-    return Cutoffs(least, last, best, total, None if chosen is None else prob)
+    return Cutoffs(least, last, top, total, None if chosen is None else prob)

@@ -92,6 +92,7 @@ def sample_verify(
     drafts: Tensor,
     accept: Callable[[Tensor], Tensor],
     residual: Residual | None = None,
+    best: Tensor | None = None,
     *,
     kernel: bool | None = None,
 ) -> tuple[Verified, Cutoffs]:
@@ -99,10 +100,11 @@ def sample_verify(
 
     The parameters are those of `cutoffs` and `draw`, a row each. keys [n, 2] int32: of the noise that the row draws
     with if it ends the step. drafts [n] int32: the row's draft, -1 in bonus rows. accept: p(draft) [n] fp32, 0 without
-    a draft, to [n] bool, on the device. residual: what refused rows leave out; nothing in bonus rows.
+    a draft, to [n] bool, on the device. residual: what refused rows leave out; nothing in bonus rows. best: the
+    rows' maxima, as `cutoffs` takes them.
     """
     index = torch.arange(z.shape[0], dtype=torch.int32, device=z.device)
-    cut = cutoffs(z, index, z.shape[1], temperature, top_k, top_p, min_p, drafts, kernel=kernel)
+    cut = cutoffs(z, index, z.shape[1], temperature, top_k, top_p, min_p, drafts, best, kernel=kernel)
     assert cut.prob is not None
     length, row = verify(accept(cut.prob), starts, bonus, kernel=kernel)
     return Verified(length, row, draw(z, temperature, cut, keys, row, residual, kernel=kernel)), cut

@@ -9,11 +9,13 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from decoding import device_verify
 from decoding.core import EngineConfig, Request
 from decoding.judge import JudgeHead
 from tests.decoding.test_speculation import ALL, OPEN, PROCESSED, Brackets, drafting, fakes, play
 from tests.decoding.test_strategies import CASES, models, requests
 from tests.fakes import table_engine
+from triton_kernels.cutoffs import Cutoffs, cutoffs
 
 CONFIG = EngineConfig(block_size=4, max_num_batched_tokens=256, max_num_seqs=64)
 Kernels = Literal["host", "triton", "reference"]
@@ -111,6 +113,34 @@ def test_grammars_bind_the_same(kernels: Kernels) -> None:
     made += other(requests(OPEN[1 :: 24 if few else 2], max_tokens=4 if few else 12, logprobs=None))
     made = [dataclasses.replace(r, constraint=Brackets) for r in made]
     agree(said(kernels, made), said("host", made))
+
+
+@pytest.mark.parametrize("kernels", BOTH)
+def test_cuts_are_told_the_maxima_of_rows_without_processors(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+    right: list[bool] = []  # an assertion in there would only be a batch that failed
+
+    def checked(z: torch.Tensor, index: torch.Tensor, *rest: Any, **more: Any) -> Cutoffs:
+        best = rest[-1]
+        known = ~best.isnan()
+        right.append(torch.equal(best[known], z[index.long()][known].amax(1)))
+        told.extend(known.tolist())
+        return cutoffs(z, index, *rest, **more)
+
+    monkeypatch.setattr(device_verify, "cutoffs", checked)
+    step = 9 if kernels == "triton" else 2
+    hot: dict[str, Any] = {"temperature": 1.0, "seed": 3, "max_tokens": 3, "top_p": 0.9}
+    scored = requests(OPEN[:1], **hot, prompt_logprobs=1)  # rows that are not drawn from go before those that are
+    drafted = drafting(other(requests(OPEN[1::step], **hot)), "near", 2, "rejection")
+    said(kernels, scored + requests(OPEN[step::step], **hot) + drafted)
+    assert len(told) > 10
+    assert all(told)
+    told.clear()
+    made = requests(OPEN[:1], **hot | {"repetition_penalty": 1.2})
+    made += other(requests(OPEN[:1], **hot | {"allowed_token_ids": (65, 66), "logprobs": None}))
+    said(kernels, [*made, dataclasses.replace(scored[0], id="plain")])
+    assert (told.count(True), told.count(False)) == (3, 6)
+    assert all(right)
 
 
 def test_kernels_and_references_draw_the_same_without_seeds() -> None:

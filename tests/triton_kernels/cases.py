@@ -29,6 +29,7 @@ def _cutoffs() -> None:
         x, index = torch.zeros(2, 4096, dtype=dtype), torch.zeros(2, dtype=rows)
         cutoffs(x, index, 4096, *limits, kernel=True)
         cutoffs(x, index, 4096, *limits, index.int(), kernel=True)
+        cutoffs(x, index, 4096, *limits, index.int(), torch.ones(2), kernel=True)
 
 
 def _distill_loss() -> None:

@@ -45,11 +45,15 @@ def wanted(z: Tensor, rows: list[Limits]) -> Tensor:
     return torch.stack(out)
 
 
-def check(source: Tensor, index: Tensor, width: int, rows: list[Limits], module: ModuleType = subject) -> None:
+def check(
+    source: Tensor, index: Tensor, width: int, rows: list[Limits], module: ModuleType = subject, known: bool = False
+) -> None:
+    """known: the rows' maxima are given, but for every fourth."""
     chosen = (7 * torch.arange(len(rows)) - 1).int() % width
     chosen[1::5] = -1
-    cut = module.cutoffs(source, index, width, *limits(*rows), chosen, kernel=True)
     z = source[index.long(), :width].float()
+    best = z.amax(1).masked_fill(torch.arange(len(rows)) % 4 == 3, torch.nan) if known else None
+    cut = module.cutoffs(source, index, width, *limits(*rows), chosen, best, kernel=True)
     mask = kept(z, cut)
     assert torch.equal(mask, wanted(z, rows))
     assert torch.equal(cut.best, z.amax(1))
@@ -98,11 +102,22 @@ ROWS: list[Limits] = [
 ]
 
 
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize(("width", "asked"), [(1, ROWS[:4]), (2, ROWS[3:6]), (37, ROWS[4:7]), (201, ROWS[3:4])])
-def test_what_is_kept_is_what_sorting_keeps(width: int, asked: list[Limits]) -> None:
+def test_what_is_kept_is_what_sorting_keeps(width: int, asked: list[Limits], known: bool) -> None:
     rows = torch.stack(shapes(width))
     for each in asked:
-        check(rows, torch.arange(len(rows)), width, [each] * len(rows))
+        check(rows, torch.arange(len(rows)), width, [each] * len(rows), known=known)
+
+
+def test_given_maxima_change_no_cut() -> None:
+    rows = torch.stack(shapes(150))
+    for each in ROWS:
+        given = (rows, torch.arange(len(rows)), 150, *limits(*[each] * len(rows)))
+        plain, quick = (cutoffs(*given, best=best, kernel=True) for best in (None, rows.amax(1)))
+        assert torch.equal(plain.least, quick.least)
+        assert torch.equal(plain.last, quick.last)
+        assert torch.equal(plain.best, quick.best)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -117,6 +132,7 @@ def test_each_row_has_limits_of_its_own_and_rows_may_be_anywhere() -> None:
     source = store[:, 10:140]  # rows further apart than they are wide, more columns than are asked for
     index = torch.tensor([8, 0, 3, 3, 5, 1, 7, 2, 2, 6], dtype=torch.int32)
     check(source, index, 101, ROWS)
+    check(source, index, 101, ROWS, known=True)
     columns = torch.randn(101, 4).t()  # columns that are not next to each other
     check(columns, torch.tensor([3, 1]), 101, [ROWS[4], ROWS[3]])
 
@@ -124,7 +140,9 @@ def test_each_row_has_limits_of_its_own_and_rows_may_be_anywhere() -> None:
 WIDE: list[Limits] = [(1.0, 0, 0.93, 0.0), (1.0, 0.52, 0.71, 0.0), (1.0, 0.52, 1.0, 0.3), (5.0, 0.8, 1.0, 0.0)]
 
 
-def check_wide(width: int, asked: Limits, module: ModuleType = subject, which: slice = slice(None)) -> None:
+def check_wide(
+    width: int, asked: Limits, module: ModuleType = subject, which: slice = slice(None), known: bool = False
+) -> None:
     """Rows that keep much; top_k is a share of the width."""
     t, k, p, m = asked
     torch.manual_seed(1)
@@ -135,13 +153,26 @@ def check_wide(width: int, asked: Limits, module: ModuleType = subject, which: s
     far = torch.randn(width)
     far[1::3] -= 1e30
     rows = torch.stack([near, steps, far, holes, torch.zeros(width)])[which]
-    check(rows, torch.arange(len(rows)), width, [(t, int(k * width), p, m)] * len(rows), module)
+    check(rows, torch.arange(len(rows)), width, [(t, int(k * width), p, m)] * len(rows), module, known)
 
 
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("asked", WIDE)
-def test_a_short_list_leaves_most_to_the_pivots(asked: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_list_leaves_most_to_the_pivots(asked: Limits, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "_LIST", 16)
-    check_wide(301, asked)
+    check_wide(301, asked, known=known)
+
+
+@pytest.mark.parametrize(
+    "asked", [(1.0, 20, 1.0, 0.0), (0.02, 20, 0.9, 0.0), (0.3, 0, 0.999, 0.0), (9.0, 0, 0.99, 0.0)]
+)
+def test_edges_far_below_a_given_maximum_are_found(asked: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below all of the first pivots but the last, and at temperatures at which these lie close together."""
+    monkeypatch.setattr(subject, "_LIST", 16)
+    torch.manual_seed(2)
+    rows = torch.stack([torch.randn(200) - gap for gap in (5.0, 50.0, 500.0, 1e5, 1e30)])
+    rows[:, 77] = 3.0
+    check(rows, torch.arange(5), 200, [asked] * 5, known=True)
 
 
 def test_rows_that_keep_more_than_the_list_holds() -> None:
@@ -170,21 +201,62 @@ def test_the_reference_keeps_what_the_engine_keeps() -> None:
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         cutoffs(torch.zeros(2, 8), torch.arange(2), 9, *limits(PLAIN, PLAIN))
+    with pytest.raises(ValueError, match="do not fit"):
+        cutoffs(torch.zeros(2, 8), torch.arange(2), 8, *limits(PLAIN, PLAIN), best=torch.zeros(3))
+
+
+def reads(asked: Limits, known: bool, tmp_path: Path) -> int:
+    """How often the kernel reads a row whose edge is found at the first pivots."""
+    head = "def _read(row, start, width, BLOCK: tl.constexpr):\n"
+    module = mutated(subject.__file__, head, f"{head}    COUNTED.append(start)\n", tmp_path)
+    counted: list[object] = []
+    module.COUNTED, module._LIST = counted, 16  # type: ignore[attr-defined]
+    row = -torch.arange(64.0)[None]
+    best = row.amax(1) if known else None
+    module.cutoffs(row, torch.arange(1), 64, *limits(asked), best=best, kernel=True)
+    return len(counted)  # a row is one block
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "asked"),
+    ("asked", "plain", "quick"),
     [
-        ("tl.cumsum(same, axis=0) == n)", "tl.cumsum(same, axis=0) == n + 1)", WIDE[0]),
-        ("mass_middle = base_mass + ", "mass_middle = ", WIDE[0]),
-        ("mass = mass_hi + ties.to(tl.float32) * one", "mass = mass_hi + one", WIDE[1]),
-        ("at_middle.to(tl.float32)) >= target", "at_middle.to(tl.float32)) > target", WIDE[3]),
-        ("size = tl.where(base > 0, -1, size)", "size = size", WIDE[1]),
-        ("bound = top + ", "bound = ", WIDE[2]),
+        (PLAIN, 1, 1),
+        ((0.0, 5, 0.9, 0.1), 1, 1),
+        ((0.8, 5, 1.0, 0.0), 3, 2),
+        ((0.8, 30, 1.0, 0.0), 3, 2),
+        ((0.8, 0, 0.9, 0.0), 3, 2),
+        ((0.8, 5, 0.9, 0.0), 3, 2),
+        ((0.8, 5, 0.9, 0.5), 4, 3),
+        ((0.8, 0, 1.0, 0.1), 2, 2),
     ],
 )
-def test_broken_kernels_are_noticed(old: str, new: str, asked: Limits, tmp_path: Path) -> None:
+def test_how_often_a_row_is_read(asked: Limits, plain: int, quick: int, tmp_path: Path) -> None:
+    assert (reads(asked, False, tmp_path), reads(asked, True, tmp_path)) == (plain, quick)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "asked", "known"),
+    [
+        ("tl.cumsum(same, axis=0) == n)", "tl.cumsum(same, axis=0) == n + 1)", WIDE[0], False),
+        ("mass_middle = base_mass + ", "mass_middle = ", WIDE[0], False),
+        ("mass = mass_hi + ties.to(tl.float32) * one", "mass = mass_hi + one", WIDE[1], False),
+        ("at_middle.to(tl.float32)) >= target", "at_middle.to(tl.float32)) > target", WIDE[3], False),
+        ("size = tl.where(base > 0, -1, size)", "size = size", WIDE[1], False),
+        ("bound = top + ", "bound = ", WIDE[2], False),
+        (
+            "image(best - down * unit).to(tl.int64), _LOWEST)",
+            "image(best - down * unit).to(tl.int64), 0)",
+            WIDE[3],
+            True,
+        ),
+        ("mass, count = tl.max(masses, axis=0), ", "mass, count = tl.min(masses, axis=0), ", WIDE[0], True),
+        ("tl.max(counts, axis=0)", "tl.min(counts, axis=0)", WIDE[3], True),
+        ('(tl.abs(known) < float("inf")) & (greedy == 0)', "(greedy == 0)", WIDE[0], True),
+        ('(tl.abs(known) < float("inf")) & (greedy == 0) & ', "(tl.abs(known) < 9e9) & ", (0.0, 0.5, 0.9, 0.0), True),
+    ],
+)
+def test_broken_kernels_are_noticed(old: str, new: str, asked: Limits, known: bool, tmp_path: Path) -> None:
     module = mutated(subject.__file__, old, new, tmp_path)
     module._LIST = 16  # type: ignore[attr-defined]
     with pytest.raises(AssertionError):
-        check_wide(301, asked, module, slice(3))
+        check_wide(301, asked, module, slice(4), known)

@@ -129,6 +129,17 @@ def test_sequences_without_drafts_are_sampled() -> None:
     assert cut.prob.tolist() == [0.0, 0.0, 0.0]
 
 
+def test_the_rows_maxima_reach_the_cuts() -> None:
+    """One that is too high is told back."""
+    z, none = torch.randn(2, 40), torch.full((2,), -1, dtype=torch.int32)
+    best = z.amax(1) + torch.tensor([0.0, 5.0])
+    _, cut = sample_verify(
+        z, torch.ones(2), none.clamp_min(0), torch.full((2,), 0.9), torch.zeros(2), some_keys(2),
+        torch.arange(3, dtype=torch.int32), torch.tensor([True] * 2), none, lambda p: p > 1, best=best, kernel=True,
+    )  # fmt: skip
+    assert torch.equal(cut.best, best)
+
+
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         verify(torch.zeros(3, dtype=torch.bool), torch.zeros(3).int(), torch.zeros(3, dtype=torch.bool))
