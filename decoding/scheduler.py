@@ -144,7 +144,8 @@ class Scheduler:
             caught_up = all(track.num_computed == sequence.target(track) for track in sequence.tracks)
             (ready if caught_up else behind).append(sequence)
         kept = 0.0  # for scorers, which read on, however many hypotheses there are
-        if self.config.max_search_tokens and any(sequence.goal is None for sequence in ready):  # someone streams
+        others = any(sequence.goal is None and not isinstance(sequence, Stream) for sequence in ready)
+        if self.config.max_search_tokens and others:
             kept = self.config.max_search_tokens * (0.5 if any(isinstance(s, Stream) for s in behind) else 0.0)
             plan.search = self.config.max_search_tokens - kept
         for sequence in self._fair(ready, plan.search):

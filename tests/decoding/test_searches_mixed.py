@@ -163,9 +163,11 @@ def test_hypotheses_take_turns_where_others_stream(monkeypatch: pytest.MonkeyPat
 
 def test_scorers_read_on_beside_hypotheses_where_others_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     beams = [searching("beam", "base", n=4, width=2, max_steps=8, **GROWN)] * 4
-    beside = [(rows, read) for rows, read, others, _ in ticks(monkeypatch, beams, 32) if others]
+    found = ticks(monkeypatch, beams, 32)
+    beside = [(rows, read) for rows, read, others, _ in found if others]
     assert max(rows + read for rows, read in beside) == 6
     assert max(rows for rows, read in beside if read) == 3
+    assert max(rows for rows, _, others, _ in found if not others) == 16
 
 
 @pytest.mark.parametrize("share", [1, 8])
