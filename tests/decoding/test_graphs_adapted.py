@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import decoding.graphs
 import decoding.runner
 from decoding.adapters import Adapter, Lora
 from decoding.graphs import Forward, Output
@@ -68,9 +69,9 @@ class Captures:
 
         return replay
 
-    def _hook(self, hooks: list[dict]) -> None:  # type: ignore[type-arg]
+    def _hook(self, hooks: list[Any]) -> None:
         for module, own in zip(self.linears, hooks, strict=True):
-            module._forward_hooks = own  # type: ignore[assignment]
+            module._forward_hooks = own
 
 
 def load(runner: Runner, id: str, rank: int = 4, seed: int = 0, parts: tuple[str, ...] = PARTS) -> None:
@@ -241,6 +242,21 @@ def test_the_cpus_kernel_keeps_from_what_was_captured() -> None:
     assert same(runner, adapted(steps([0, 1]), "a", None))
     assert not made.made
     assert not made.adapted
+    runner.close()
+
+
+def test_forwards_of_one_size_give_a_row_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding.graphs, "INVARIANT_TOKENS", 8)
+    monkeypatch.setattr(decoding.runner, "INVARIANT_TOKENS", 8)
+    runner = quicker(batch_invariant=True)
+    load(runner, "a")
+    load(runner, "b", seed=1)
+    alone = [runner.forward(adapted(steps([i]), id)).logits[0] for i, id in enumerate(("a", None, "b"))]
+    together = runner.forward(adapted(steps([2, 0, 1]), "b", "a", None)).logits
+    assert torch.equal(together, torch.stack([alone[2], alone[0], alone[1]]))
+    load(runner, "a", LEAST_RANK + 1)
+    assert not torch.equal(runner.forward(adapted(steps([0]), "a")).logits[0], alone[0])
+    assert torch.equal(runner.forward(adapted(steps([2]), "b")).logits[0], alone[2])
     runner.close()
 
 
