@@ -123,12 +123,11 @@ class Engine:
         self._clock = Clock()
         self._pace = Pace(self._clock)
         self._forwards = Forwards(self.runners, self.scheduler, self._clock, self._fail, self.config.side_streams)
-        self._proposer = Proposer(self._forwards.run, generator, self._clock, self._pace)
+        kernel = _kernel(self.config, self._device)
+        self._proposer = Proposer(self._forwards.run, generator, self._clock, self._pace, kernel)
         heads = {id: replace(head, weight=head.weight.to(self._device)) for id, head in (judges or {}).items()}
         self.judges, self.remotes = heads, dict(remotes or {})
-        self._decider = Decider(
-            self._device, generator, lambda id: self.hosted[id].text, self.judges, _kernel(self.config, self._device)
-        )
+        self._decider = Decider(self._device, generator, lambda id: self.hosted[id].text, self.judges, kernel)
         self._host = Host(
             self.hosted, self.runners, self.scheduler, self.judges, self.catalog, self._make_scorer, self._serials
         )
