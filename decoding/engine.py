@@ -112,8 +112,8 @@ class Engine:
         self._clock = Clock()
         self._pace = Pace(self._clock)
         self._forwards = Forwards(self.runners, self.scheduler, self._clock, self._fail, config.side_streams)
-        self._proposer = Proposer(self._forwards.run, generator, self._clock, self._pace)
         kernel = _kernel(config, self._device)
+        self._proposer = Proposer(self._forwards.run, generator, self._clock, self._pace, kernel)
         self.judges = served.judges
         self._decider = Decider(self._device, generator, lambda id: self.hosted[id].text, self.judges, kernel)
         self._host = Host(
