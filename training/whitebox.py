@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from training.heads import Head, head_of, hidden_states, is_plain
 from training.loop import Objective
 from training.losses import Distillation, kl, lk, lk_mixed, tvd, tvd_plus
+from triton_kernels.dispatch import on_kernel
 from triton_kernels.distill_sweep import KINDS, TargetHead, chunked_distill_loss
 
 
@@ -47,13 +48,15 @@ class Loss:
 
     def behind(self, hidden: Tensor, head: Head, target: Tensor | TargetHead) -> Tensor:
         """Its mean over the rows of hidden [n, hidden]; target: logits [n, vocab], or what they are made of."""
-        if not hidden.is_cuda:
+        if not on_kernel(hidden, None):
             return chunked_distill_loss(
                 hidden, *head, target, self.kind, per_position=self.per_position, decay=self.decay
             )
         from triton_kernels.distill_loss import distill_loss
 
-        return distill_loss(hidden, *head, target, self.kind, per_position=self.per_position, decay=self.decay)
+        return distill_loss(
+            hidden, *head, target, self.kind, per_position=self.per_position, decay=self.decay, kernel=True
+        )
 
 
 def distillation(target: nn.Module, drafter: nn.Module, loss: Loss, console: Console) -> Objective:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PhiConfig, PreTrainedModel
 
 from tests.triton_kernels.shapes import Shapes
-from training import losses
+from training import losses, whitebox
 from training.loop import Objective
 from training.whitebox import Loss, distillation
 from triton_kernels import distill_sweep
@@ -82,9 +82,7 @@ def quiet() -> Console:
     ],
     ids=["tied", "padded", "biased", "biased target", "capped target", "capped drafter", "capped both"],
 )
-def test_loss_and_gradients_are_those_of_whole_logits(
-    target: Any, drafter: Any, said: str, loss: Loss, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loss_and_gradients_are_those_of_whole_logits(target: Any, drafter: Any, said: str, loss: Loss) -> None:
     large, small, console = model(target, 0), model(drafter, 1), quiet()
     objective = distillation(large, small, loss, console)
     for ids, targets in (rows(), rows(2)):
@@ -135,6 +133,18 @@ def test_the_trainers_precision(loss: Loss) -> None:
     for mine, other in zip(*found, strict=True):
         assert mine.dtype == torch.float32
         assert (mine - other).norm() <= 0.03 * other.norm()
+
+
+@each_loss
+def test_by_the_kernel(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, in the interpreter: fp32 logits near 4, of which 1 / sigma and 1 / A make steps of some 1e-5."""
+    ids, targets = rows(4)
+    large, small = model(PADDED, 0).float(), model(TIED, 1).float()
+    want = step(small, whole(large, loss), ids, targets)
+    monkeypatch.setattr(whitebox, "on_kernel", lambda x, kernel: True)
+    monkeypatch.setattr(whitebox, "chunked_distill_loss", None)
+    found = step(small, distillation(large, small, loss, quiet()), ids, targets)
+    torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-4)
 
 
 def test_unknown_losses_are_refused() -> None:
