@@ -15,6 +15,7 @@ from decoding.core import (
     BadRequest,
     EngineConfig,
     EngineFailure,
+    Overloaded,
     Policy,
     Program,
     Request,
@@ -130,6 +131,18 @@ def rows_of(model: TableModel) -> int:
 
 def tokens_of(model: TableModel) -> int:
     return sum(len(span.token_ids) for spans in model.spans for span in spans)
+
+
+def test_a_search_is_queued_as_one_sequence(asked: Any) -> None:
+    def run(it: Search) -> Steps:
+        yield Run(it.root)
+        return one(it.root)
+
+    engine = make_engine(max_queue=1)
+    program = asked(run)
+    engine.submit(request_of(engine, program, n=3))
+    with pytest.raises(Overloaded):
+        engine.submit(request_of(engine, PLAIN, n=2))
 
 
 # -- what is computed -----------------------------------------------------------------------------------------------
