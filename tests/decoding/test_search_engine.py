@@ -193,6 +193,29 @@ def test_a_scorer_reads_each_token_and_marker_once(asked: Any) -> None:
 
 
 @pytest.mark.parametrize("cached", [True, False])
+def test_what_texts_for_scorers_have_is_told_apart_from_the_prompt(asked: Any, cached: bool) -> None:
+    """Their length is the same whatever the cache holds, and what it held of them is not of the request's prompt."""
+    text = Hypothesis("the text that is read", ("one step", "and two"), True)
+
+    def run(it: Search) -> Steps:
+        yield Judge(text, "prm")
+        other = yield Open("another prompt", None, SAMPLED)
+        yield [Feed(other, "fed", logprobs=True), Run(it.root)]
+        yield Score(other, "prm")
+        return one(it.root)
+
+    engine = make_engine(prefix_cache=cached)
+    tokens = (21 + 9 + 8) + 14 + (14 + 4)  # the text with its markers, a prompt, that prompt as a scorer reads it
+    first, again = (usage_of(engine, asked(run)) for _ in range(2))
+    assert first.search is not None
+    assert again.search is not None
+    assert first.search.read == again.search.read == tokens
+    assert (first.cached_tokens, first.search.cached) == (0, 0)
+    assert again.cached_tokens == (20 if cached else 0)
+    assert again.search.cached == (28 + 12 + 16 if cached else 0)
+
+
+@pytest.mark.parametrize("cached", [True, False])
 def test_a_text_that_is_rendered_otherwise_is_read_from_there_on(asked: Any, cached: bool) -> None:
     """The end of a rendering changes with every step: what stands before it is kept, and every score is right."""
 

@@ -334,6 +334,7 @@ def test_scores_to_the_letter(ask: Ask) -> None:
     answer = ask("/v1/score", body).json()
     assert answer.pop("id").startswith("score-")
     scored = {"object": "score", "score": 0.5, "scores": [0.5]}
-    usage = {"prompt_tokens": 52, "completion_tokens": 0, "total_tokens": 52}
+    usage: dict[str, Any] = {"prompt_tokens": 54, "completion_tokens": 0, "total_tokens": 54}
+    usage["prompt_tokens_details"] = {"cached_tokens": 2}
     data = [{"index": i} | scored for i in (0, 1)]
     assert answer == {"object": "list", "model": "expert", "data": data, "usage": usage}
