@@ -337,6 +337,11 @@ class Request:
     def __post_init__(self) -> None:
         assert len(self.prompts) == len(self.program.policy.terms), "one prompt per term"
 
+    @property
+    def sequences(self) -> int:
+        """How many it puts into the queue: one per choice, of a search its root."""
+        return self.n if self.program.search is None else 1
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:

@@ -127,7 +127,7 @@ class Engine:
         """Queue a request. Raises BadRequest if it can never be served, Overloaded if the queue is full."""
         if request.id in self._groups:
             raise BadRequest(f"The request id '{request.id}' is in use.")
-        if self.waiting + request.n > self.config.max_queue:
+        if self.waiting + request.sequences > self.config.max_queue:
             raise Overloaded(f"The queue is full ({self.waiting} sequences wait).", retry_after=1)
         group = make_group(request, next(self._serials), self.hosted, self.pools, self.judges)
         self._groups[request.id] = group
