@@ -31,7 +31,7 @@ test: lint  ## all checks: lint, types, tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(READY)  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow --timeout 3600
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal --timeout 3600
 
 conformance: $(READY)  ## real clients in their own environments, load
 	$(BIN)/python -m pytest -m conformance --timeout 3600

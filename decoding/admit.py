@@ -67,7 +67,7 @@ def make_group(
     if spec is not None and spec.draft in LOOKUPS:
         source = Source(request.prediction if spec.draft == "prediction" else request.prompts[0])
     searches = request.program.search is not None
-    for index in range(1 if searches else request.n):
+    for index in range(request.sequences):
         tracks = [
             Track(model, prompt, _root(model, adapter, request.salt, hosted), adapter)
             for model, adapter, prompt in views

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 
 from decoding.kv import BlockPool, chain_key
-from decoding.state import Plan, Sequence, Span, Track
+from decoding.state import Group, Plan, Sequence, Span, Track
 
 Copy = tuple[str, int, int]  # (model, source block, target block): to be done before the next forward
 
@@ -112,8 +112,8 @@ class Blocks:
             track.blocks.append(pool.share(block))
             track.num_computed += size
             track.published = len(track.blocks)
-            if track in sequence.tracks and not sequence.group.preemptions and not sequence.output:
-                sequence.group.payer.cached_tokens += size
+            if track in sequence.tracks and sequence.begins and not sequence.group.payer.preemptions:
+                _count_hit(sequence.group, size)
         return False
 
     def announce(self, span: Span, plan: Plan) -> None:
@@ -150,3 +150,11 @@ class Blocks:
         if len(track.blocks) > needed:
             pool.release(track.blocks[needed:])
             del track.blocks[needed:]
+
+
+def _count_hit(group: Group, tokens: int) -> None:
+    """The cache held `tokens` of the request's prompt, or of what its search opened."""
+    if group.owner is None:
+        group.cached_tokens += tokens
+    else:
+        group.owner.read_cached += tokens

@@ -337,6 +337,11 @@ class Request:
     def __post_init__(self) -> None:
         assert len(self.prompts) == len(self.program.policy.terms), "one prompt per term"
 
+    @property
+    def sequences(self) -> int:
+        """How many it puts into the queue: one per choice, of a search its root."""
+        return self.n if self.program.search is None else 1
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
@@ -365,7 +370,8 @@ class EngineConfig:
     `compile_from`: a model with fewer parameters is not compiled and starts at once, for half a millisecond a tick.
     `adapters`: some may be loaded while it serves, which `warm_up` then prepares for.
     `max_search_tokens`: what hypotheses of searches and their scorers may take of a tick in which other requests wait
-    for their next token, in units of the dearest model's tokens; None: 32 on a CPU, 512 on a GPU.
+    for their next token, in units of the dearest model's tokens; or as much as these take, if that is more. None: 32
+    on a CPU, 512 on a GPU.
 
     `kernels`: what mixes and samples: "triton", "reference" (the kernels' specifications), "host", by default "triton"
     on CUDA and "host" elsewhere. `side_streams`: on CUDA, the models of a tick run beside each other.

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Set
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from decoding.accept import Check, verify
+from decoding.download import Download
 from decoding.events import TokenLogprob
 from decoding.hosting import Rows
 from decoding.judge import JudgeHead
-from decoding.mix import mix
-from decoding.sampling import Drawn, Position, hard_mask, log_softmax_rows, processes, reported, token_logprobs
+from decoding.mix import Mixed, mix
+from decoding.sampling import Drawn, Position, hard_mask, processes, reported
 from decoding.state import Group, Sample, Sequence, Told
+from decoding.tell import score_fed, score_prompts, tell_goals
 from decoding.text import TextModel
 from decoding.trace import Chosen, trace
 from decoding.upload import uploaded
@@ -33,6 +37,17 @@ class Decision:
     scored: list[tuple[Group, list[TokenLogprob]]] = field(default_factory=list)
     told: dict[Sequence, Told] = field(default_factory=dict)
     fed: dict[Sequence, list[float]] = field(default_factory=dict)
+
+
+class _Due(NamedTuple):
+    """Rows [n, W] that draw tokens, which of them are processed already, and each one's maximum if that is known."""
+
+    z: torch.Tensor
+    processed: Set[int]
+    best: torch.Tensor | None
+
+
+_Answer = tuple[Decision, list[list[Drawn]], dict[int, list[float]]]  # what is told, drawn, and solvers' weights by row
 
 
 class Decider:
@@ -56,46 +71,57 @@ class Decider:
     def decide(self, samples: Seq[Sample], rows: Mapping[str, Rows]) -> Decision:
         """Everything that the samples' rows decide. Changes nothing: a batch that failed may be tried again."""
         mixed = mix(samples, rows, self._allowed, self._starts, self._kernel, self._processed)
-        decision = Decision(scored=_score_prompts(samples, mixed.z))
-        _tell(samples, mixed.z, decision)
-        due: list[Sample] = []
         index: list[int] = []  # the rows of z that draw tokens
-        firsts: list[int] = []
+        checks: list[Check] = []
         row = 0
         for sample in samples:
             row += sample.count
             if sample.draws:
-                due.append(sample)
-                firsts.append(row - sample.drafts - 1)
+                checks.append(Check(sample.sequence, len(index), self._scores(sample, rows)))
                 index += range(row - sample.drafts - 1, row)
-        if not due:
-            return decision
-        z, best = mixed.z, mixed.best
-        if len(index) < len(z):
-            at = uploaded(index, self._device)
-            z, best = z[at], None if best is None else best[at]
-        checks: list[Check] = []
-        start = 0
-        for sample in due:
-            checks.append(Check(sample.sequence, start, self._scores(sample, rows)))
-            start += sample.drafts + 1
-        found = self._verify(z, checks, {i for i, row in enumerate(index) if row in mixed.processed}, best)
-        decision.tokens = {sample.sequence: drawn for sample, drawn in zip(due, found, strict=True)}
-        weights = mixed.weights()
-        for sample, drawn, first in zip(due, found, firsts, strict=True):
+        due = self._due(mixed, index)
+        answer = self._on_host if self._kernel is None else self._on_device
+        decision, found, weights = answer(samples, mixed, due, checks)
+        for check, drawn in zip(checks, found, strict=True):
+            decision.tokens[check.sequence] = drawn
+            first = index[check.start]
             if first in weights:
-                decision.weights[sample.sequence] = [weights[first + i] for i in range(len(drawn))]
-        _trace(due, decision, rows)
+                decision.weights[check.sequence] = [weights[first + i] for i in range(len(drawn))]
+        _trace([sample for sample in samples if sample.draws], decision, rows)
         return decision
 
-    def _verify(
-        self, z: torch.Tensor, checks: Seq[Check], processed: Set[int], best: torch.Tensor | None
-    ) -> list[list[Drawn]]:
-        if self._kernel is None:
-            return verify(z, checks, self._generator)
-        from decoding.device_verify import verify_on_device  # needs triton
+    def _due(self, mixed: Mixed, index: Seq[int]) -> _Due:
+        """The rows of the mix that draw tokens."""
+        processed = {i for i, row in enumerate(index) if row in mixed.processed}
+        if len(index) == len(mixed.z):
+            return _Due(mixed.z, processed, mixed.best)
+        at = uploaded(list(index), self._device, torch.int64)
+        return _Due(mixed.z[at], processed, None if mixed.best is None else mixed.best[at])
 
-        return verify_on_device(z, checks, self._generator, self._kernel, processed, best)
+    def _on_host(self, samples: Seq[Sample], mixed: Mixed, due: _Due, checks: Seq[Check]) -> _Answer:
+        scored, fed = score_prompts(samples, mixed.z), score_fed(samples, mixed.z)
+        decision = Decision(scored=scored, fed=fed, told=tell_goals(samples, mixed.z))
+        if not checks:
+            return decision, [], {}
+        found, down = verify(due.z, checks, self._generator), Download()
+        weights = mixed.weights(down)
+        down.fetch()
+        return decision, found, weights()
+
+    def _on_device(self, samples: Seq[Sample], mixed: Mixed, due: _Due, checks: Seq[Check]) -> _Answer:
+        """The same, in one download."""
+        from decoding.device_tell import Tellings  # these need triton
+        from decoding.device_verify import verify_on_device
+
+        assert self._kernel is not None
+        down = Download()
+        tellings = Tellings(samples, mixed.z, down, self._kernel)
+        verified = partial(verify_on_device, due.z, checks, self._generator, down, self._kernel)
+        found = verified(due.processed, due.best) if checks else list
+        weights = mixed.weights(down) if checks else dict
+        down.fetch()
+        scored, fed, told = tellings.told()
+        return Decision(scored=scored, fed=fed, told=told), found(), weights()
 
     def forget(self, model: str) -> None:
         """The text side of `model` has changed."""
@@ -141,58 +167,12 @@ class Decider:
         if (model, width) not in self._word_starts:
             text = self._text_of(model)
             size = len(text.vocabulary.tokens)
-            begins = [i < size and text.vocabulary.token_bytes(i)[:1] in (b" ", b"\n") for i in range(width)]
-            mask = torch.tensor(begins, device=self._device)
-            mask[torch.tensor([i for i in text.eos_ids if i < width], dtype=torch.int64, device=self._device)] = True
-            self._word_starts[model, width] = mask
+            ends = set(text.eos_ids)
+            begins = [
+                i in ends or (i < size and text.vocabulary.token_bytes(i)[:1] in (b" ", b"\n")) for i in range(width)
+            ]
+            self._word_starts[model, width] = uploaded(begins, self._device, torch.bool)
         return self._word_starts[model, width]
-
-
-def _score_prompts(samples: Seq[Sample], z: torch.Tensor) -> list[tuple[Group, list[TokenLogprob]]]:
-    """Log-probs of the prompt ids that z's rows [S, W] predict, of requests that ask for them."""
-    found: list[tuple[Group, list[TokenLogprob]]] = []
-    row = 0
-    for sample in samples:
-        group, k = sample.sequence.group, sample.sequence.group.request.sampling.prompt_logprobs
-        prompt = group.request.prompts[0]
-        scored = min(sample.count, -1 - sample.first)  # rows that predict a prompt id
-        if k is not None and group.prompt_logprobs is not None and scored > 0:
-            at = len(prompt) + sample.first + 1
-            lp = log_softmax_rows(z, list(range(row, row + scored)))
-            found.append((group, token_logprobs(lp, prompt[at : at + scored], k)))
-        row += sample.count
-    return found
-
-
-def _tell(samples: Seq[Sample], z: torch.Tensor, decision: Decision) -> None:
-    """What goals want to know of z's rows [S, W], before the processors edit them."""
-    row = 0
-    for sample in samples:
-        first, row = row, row + sample.count
-        sequence, goal = sample.sequence, sample.sequence.goal
-        if goal is None:
-            continue
-        width = sequence.group.width
-        fed = [i for i in range(sample.count - sample.drafts) if 0 <= sample.first + i + 1 < len(sequence.output)]
-        if fed:
-            lp = torch.log_softmax(z[first : first + len(fed), :width], 1)
-            tokens = torch.tensor([sequence.output[sample.first + i + 1] for i in fed], device=z.device)
-            decision.fed[sequence] = lp.gather(1, tokens[:, None])[:, 0].tolist()
-        if sample.ends and goal.told is None and (goal.top or goal.choices):
-            lp = torch.log_softmax(z[row - sample.drafts - 1, :width], 0)
-            choices = lp[torch.tensor(goal.choices, dtype=torch.int64, device=z.device)].tolist()
-            mask = hard_mask(Position(sequence), width, z.device)
-            if mask is not None:
-                lp = lp.masked_fill(~mask, -torch.inf)
-            decision.told[sequence] = Told(_best(lp, goal.top), choices)
-
-
-def _best(lp: torch.Tensor, k: int) -> list[tuple[int, float]]:
-    """The k likeliest tokens of lp [W], best first, ties to the lower id; none that are impossible."""
-    if not k:
-        return []
-    (entry,) = token_logprobs(lp[None], [0], k)
-    return [(token, value) for token, value in entry.top if value > -torch.inf]
 
 
 def _trace(due: Seq[Sample], decision: Decision, rows: Mapping[str, Rows]) -> None:

@@ -1,4 +1,4 @@
-"""`accept.verify` where every decision stays on the device: the tokens come back together, in one copy at the end.
+"""`accept.verify` where every decision stays on the device: the tokens come back together, in the tick's one copy.
 
 Kernels cut and draw; what the acceptance rules say of each drafted row is a tensor that `triton_kernels.sample_verify`
 follows without knowing a rule. Requests without a seed draw from keys of their own, out of the engine's generator, so
@@ -7,16 +7,18 @@ their tokens are others than the host's, of the same distribution; those of seed
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 import torch
 
 from decoding.accept import Check, evidence, rows_of, unfiltered_rows
+from decoding.device_logprobs import LogProbs
+from decoding.device_params import DrawParams
 from decoding.device_process import process_on_device
+from decoding.download import Download
 from decoding.events import TokenLogprob
-from decoding.noise import Lane, key_halves
+from decoding.noise import Lane
 from decoding.rules import RULES
 from decoding.sampling import Drawn, Position, processes, reported
 from decoding.upload import upload, uploaded
@@ -24,66 +26,27 @@ from triton_kernels.cutoffs import Cutoffs, cutoffs
 from triton_kernels.draw import Residual, draw
 from triton_kernels.row_stats import row_stats
 from triton_kernels.sample_verify import verify
-from triton_kernels.top_logprobs import MOST, top_logprobs
 
 Tensor = torch.Tensor
-_NO_K = (1 << 31) - 1
-
-
-@dataclass(slots=True)
-class _Params:
-    """How n rows are drawn from, and what was drafted: two copies to the device, whatever the batch.
-
-    temperature, top_p, min_p [n] fp32; top_k [n] int32; keys [n, 2] int32; drafts [n] int32, -1 for none; removed [n]
-    int32: drafts without a distribution of their own, which a refused row leaves out.
-    """
-
-    temperature: Tensor
-    top_p: Tensor
-    min_p: Tensor
-    top_k: Tensor
-    keys: Tensor
-    drafts: Tensor
-    removed: Tensor
-
-    @classmethod
-    def of(cls, places: Seq[Position], checks: Seq[Check], generator: torch.Generator, device: torch.device) -> _Params:
-        """Refused rows of weighed drafts draw on a lane of their own."""
-        drawn = [at.sampling for at in places]
-        real = uploaded([[p.temperature, p.top_p, p.min_p] for p in drawn], device, torch.float32)
-        whole = []
-        for c in checks:
-            draft = c.sequence.draft
-            one_hot = c.weighs and c.rule.residual and draft is not None and not draft.probs
-            for i, x in enumerate((*c.drafts, -1)):
-                lane = Lane.RESIDUAL if c.weighs and x >= 0 else Lane.TOKEN
-                at, seeded = places[c.start + i], c.sequence.group.seed is not None
-                own = key_halves(at.key(lane)) if seeded else (0, 0)
-                whole.append([min(at.sampling.top_k, _NO_K), x, x if one_hot else -1, seeded, *own])
-        top_k, drafts, removed, seeds, *halves = upload(torch.tensor(whole, dtype=torch.int32).T.contiguous(), device)
-        keys = torch.stack(halves, 1)
-        if not all(row[3] for row in whole):
-            fresh = torch.randint(-(1 << 31), 1 << 31, keys.shape, generator=generator, device=device)
-            keys = torch.where(seeds[:, None] > 0, keys, fresh.int())
-        temperature, top_p, min_p = (column.contiguous() for column in real.unbind(1))
-        return cls(temperature, top_p, min_p, top_k, keys, drafts, removed)
 
 
 def verify_on_device(
     z: Tensor,
     checks: Seq[Check],
     generator: torch.Generator,
+    down: Download,
     kernel: bool | None = None,
     processed: Set[int] = frozenset(),
     best: Tensor | None = None,
-) -> list[list[Drawn]]:
-    """See `accept.verify`. kernel: as the wrappers of `triton_kernels` take it; False runs their references.
+) -> Callable[[], list[list[Drawn]]]:
+    """What gives the result of `accept.verify`, once `down` has fetched.
 
-    processed: rows that the processors have changed already. best: [n] fp32, the rows' maxima before the processors.
+    kernel: as the wrappers of `triton_kernels` take it; False runs their references. processed: rows that the
+    processors have changed already. best: [n] fp32, the rows' maxima before the processors.
     """
     places = [Position(c.sequence, c.drafts[:i]) for c in checks for i in range(len(c.drafts) + 1)]
     assert len(places) == len(z), "one row per position"
-    params = _Params.of(places, checks, generator, z.device)
+    params = _params(places, checks, generator, z.device)
     changed = [row for row, at in enumerate(places) if processes(at)]
     touched = [row for row in changed if row not in processed]
     report = {row: k for row, at in enumerate(places) if (k := reported(at.sequence)) is not None}
@@ -95,8 +58,7 @@ def verify_on_device(
     if best is not None and changed:
         best = best.index_fill(0, _ids(changed, z.device), torch.nan)
     every = torch.arange(len(z), dtype=torch.int32, device=z.device)
-    limits = (params.temperature, params.top_k, params.top_p, params.min_p)
-    cut = cutoffs(z, every, z.shape[1], *limits, params.drafts, best, kernel=kernel)
+    cut = cutoffs(z, every, z.shape[1], *params.limits, params.more[0], best, kernel=kernel)
     weighed = {row for c in checks if c.weighs for row in rows_of(c)}
     own = [row for row in range(len(z)) if row not in weighed]
     choice = torch.full((len(z),), -1, dtype=torch.int32, device=z.device)
@@ -109,10 +71,26 @@ def verify_on_device(
         length, final, exact = _decide(z, checks, places, choice, params, cut, unfiltered, generator, kernel)
     else:
         length, final, exact = torch.zeros_like(choice), choice, choice[:0]
-    told = _LogProbs(z, saved, before, report, checks, length, final, kernel)
-    found, labels, numbers = _down(torch.stack([length, final]), exact, told.packed)
-    lengths, finals = found.tolist()
-    return _drawn(checks, lengths, finals, labels.tolist(), told.entries(numbers))
+    told = _log_probs(down, z, saved, before, report, checks, length, final, kernel)
+    lengths, finals, passed = (down.want(x) for x in (length, final, exact))
+    return lambda: _drawn(checks, lengths().tolist(), finals().tolist(), passed().tolist(), told())
+
+
+def _params(places: Seq[Position], checks: Seq[Check], generator: torch.Generator, device: torch.device) -> DrawParams:
+    """With two columns [n] more: drafts, -1 for none, and those without probabilities, which a refused row leaves out.
+
+    Refused rows of weighed drafts draw on a lane of their own.
+    """
+    lanes: list[Lane] = []
+    drafts: list[int] = []
+    removed: list[int] = []
+    for c in checks:
+        draft = c.sequence.draft
+        one_hot = c.weighs and c.rule.residual and draft is not None and not draft.probs
+        lanes += [*[Lane.RESIDUAL if c.weighs else Lane.TOKEN] * len(c.drafts), Lane.TOKEN]
+        drafts += [*c.drafts, -1]
+        removed += [*(c.drafts if one_hot else [-1] * len(c.drafts)), -1]
+    return DrawParams.of(places, lanes, generator, device, drafts, removed)
 
 
 def _decide(
@@ -120,14 +98,14 @@ def _decide(
     checks: Seq[Check],
     places: Seq[Position],
     choice: Tensor,
-    params: _Params,
+    params: DrawParams,
     cut: Cutoffs,
     unfiltered: Mapping[int, Tensor],
     generator: torch.Generator,
     kernel: bool | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(accepted drafts [S], the token after them [S] or -1, whether the exact rule accepts [n]), int32."""
-    device, drafts = z.device, params.drafts
+    device, (drafts, removed) = z.device, params.more
     q, q_row = _drafted_from(z, checks)
     accepted = torch.zeros(len(z), dtype=torch.bool, device=device)
     exact = torch.zeros(len(z), dtype=torch.int32, device=device)
@@ -157,7 +135,7 @@ def _decide(
     if closing:
         at = _ids(closing, device)
         whole = [row for c in checks if c.drafts and not c.rule.residual for row in rows_of(c)]
-        left = Residual(q, q_row.index_fill(0, _ids(whole, device), -1), params.removed)
+        left = Residual(q, q_row.index_fill(0, _ids(whole, device), -1), removed)
         final[at] = draw(z, params.temperature, cut, params.keys, row[at], left, kernel=kernel)
     return length, final, exact
 
@@ -176,51 +154,34 @@ def _drafted_from(z: Tensor, checks: Seq[Check]) -> tuple[Tensor, Tensor]:
     return q, uploaded(place, z.device, torch.int32)
 
 
-class _LogProbs:
-    """Log-probs of the tokens that are told of, and of the best ones beside them: on the device, then as entries."""
+def _log_probs(
+    down: Download,
+    z: Tensor,
+    saved: Tensor,
+    before: Seq[int],
+    report: Mapping[int, int],
+    checks: Seq[Check],
+    length: Tensor,
+    final: Tensor,
+    kernel: bool | None,
+) -> Callable[[], dict[int, tuple[float, list[tuple[int, float]]]]]:
+    """What gives, by row, the log-prob of the token that is told of, and of the best ones beside it.
 
-    def __init__(
-        self,
-        z: Tensor,
-        saved: Tensor,
-        before: Seq[int],
-        report: Mapping[int, int],
-        checks: Seq[Check],
-        length: Tensor,
-        final: Tensor,
-        kernel: bool | None,
-    ) -> None:
-        """z [n, W] with rows `before` as they are in `saved`; report: how many of the best tokens, by row."""
-        self._groups: list[tuple[list[int], list[int]]] = []  # rows, and how many of the best are told of each
-        parts: list[Tensor] = []
-        spot = {c.start + i: (s, i, x) for s, c in enumerate(checks) for i, x in enumerate((*c.drafts, 0))}
-        apart = set(before)
-        for source, rows in ((z, [row for row in report if row not in apart]), (saved, list(before))):
-            if not rows:
-                continue
-            wanted = [min(report[row], z.shape[1]) for row in rows]
-            at = list(range(len(rows))) if source is saved else rows
-            told = torch.tensor([[*spot[row], i] for row, i in zip(rows, at, strict=True)]).T.contiguous()
-            which, place, drafted, index = upload(told, z.device)
-            tokens = torch.where(place < length[which], drafted, final[which].clamp_min(0))
-            _, lse = row_stats(source, index, z.shape[1], kernel=kernel)
-            run = kernel if max(wanted) <= MOST else False
-            best = top_logprobs(source, index, z.shape[1], lse, tokens, max(wanted), kernel=run)
-            parts += [best.chosen, best.values.flatten(), best.ids.flatten().view(torch.float32)]
-            self._groups.append((rows, wanted))
-        self.packed = torch.cat(parts) if parts else torch.empty(0, device=z.device)
-
-    def entries(self, numbers: Tensor) -> dict[int, tuple[float, list[tuple[int, float]]]]:
-        """By row: the chosen token's log-prob, and the best tokens with theirs."""
-        found: dict[int, tuple[float, list[tuple[int, float]]]] = {}
-        for rows, wanted in self._groups:
-            m, k = len(rows), max(wanted)
-            sizes = [m, m * k, m * k, len(numbers) - m - 2 * m * k]
-            chosen, values, ids, numbers = torch.split(numbers, sizes)
-            best = zip(ids.view(torch.int32).view(m, k).tolist(), values.view(m, k).tolist(), strict=True)
-            for row, own, count, (i, v) in zip(rows, chosen.tolist(), wanted, best, strict=True):
-                found[row] = (own, list(zip(i[:count], v[:count])))
-        return found
+    z [n, W] with rows `before` as they are in `saved`; report: how many of the best tokens, by row.
+    """
+    groups: list[tuple[list[int], LogProbs]] = []
+    spot = {c.start + i: (s, i, x) for s, c in enumerate(checks) for i, x in enumerate((*c.drafts, 0))}
+    apart = set(before)
+    for source, rows in ((z, [row for row in report if row not in apart]), (saved, list(before))):
+        if not rows:
+            continue
+        at = list(range(len(rows))) if source is saved else rows
+        table = torch.tensor([[*spot[row], i] for row, i in zip(rows, at, strict=True)]).T.contiguous()
+        which, place, drafted, index = upload(table, z.device)
+        tokens = torch.where(place < length[which], drafted, final[which].clamp_min(0))
+        _, lse = row_stats(source, index, z.shape[1], kernel=kernel)
+        groups.append((rows, LogProbs(down, source, index, lse, tokens, [report[row] for row in rows], kernel)))
+    return lambda: {row: entry for rows, own in groups for row, entry in zip(rows, own.entries(), strict=True)}
 
 
 def _drawn(
@@ -250,13 +211,3 @@ def _drawn(
 
 def _ids(rows: Seq[int], device: torch.device) -> Tensor:
     return uploaded(list(rows), device, torch.int64)
-
-
-def _down(*tensors: Tensor) -> list[Tensor]:
-    """All of them on the host, in one copy; 32-bit numbers."""
-    flat = torch.cat([x.contiguous().flatten().view(torch.int32) for x in tensors]).cpu()
-    out, at = [], 0
-    for x in tensors:
-        out.append(flat[at : at + x.numel()].view(x.dtype).view(x.shape))
-        at += x.numel()
-    return out

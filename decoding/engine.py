@@ -112,8 +112,8 @@ class Engine:
         self._clock = Clock()
         self._pace = Pace(self._clock)
         self._forwards = Forwards(self.runners, self.scheduler, self._clock, self._fail, config.side_streams)
-        self._proposer = Proposer(self._forwards.run, generator, self._clock, self._pace)
         kernel = _kernel(config, self._device)
+        self._proposer = Proposer(self._forwards.run, generator, self._clock, self._pace, kernel)
         self.judges = served.judges
         self._decider = Decider(self._device, generator, lambda id: self.hosted[id].text, self.judges, kernel)
         self._host = Host(
@@ -127,7 +127,7 @@ class Engine:
         """Queue a request. Raises BadRequest if it can never be served, Overloaded if the queue is full."""
         if request.id in self._groups:
             raise BadRequest(f"The request id '{request.id}' is in use.")
-        if self.waiting + request.n > self.config.max_queue:
+        if self.waiting + request.sequences > self.config.max_queue:
             raise Overloaded(f"The queue is full ({self.waiting} sequences wait).", retry_after=1)
         group = make_group(request, next(self._serials), self.hosted, self.pools, self.judges)
         self._groups[request.id] = group

@@ -96,7 +96,8 @@ class SearchReport:
     """How a search went. `reason`: a sentence if it did not go as asked, with the budget that ran out, if one did.
 
     `generated`: tokens of all hypotheses, dropped ones too. `scored`: tokens that scorer models computed, by model.
-    `candidates`: all of them, best first, if the request asks for them, else none.
+    `candidates`: all of them, best first, if the request asks for them, else none. `read`: tokens of the prompts and of
+    the scorers' texts that it opened, however many were computed; `cached`: those that the prefix cache held.
     """
 
     kind: str
@@ -107,6 +108,8 @@ class SearchReport:
     scored: tuple[tuple[str, int], ...]
     candidates: tuple[CandidateReport, ...] = ()
     details: tuple[tuple[str, Any], ...] = ()
+    read: int = 0
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)

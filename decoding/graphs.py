@@ -1,4 +1,5 @@
-"""Forwards of few tokens through buffers of fixed size, padded to a bucket; on a GPU each bucket is a CUDA graph.
+"""Forwards of few tokens through buffers of fixed size, padded to a bucket; on a GPU each bucket is a CUDA graph, or
+two: one without adapters, and one that reads each token's adapter from a buffer.
 
 Padding belongs to one more track without keys. Its slots are negative, so that nothing of it is stored, and attention
 gives it zeros on a GPU; what its rows hold is dropped. The plain packed forward stays the specification.
@@ -15,7 +16,7 @@ import torch
 
 from decoding.attention import Batch, HostedLayer, Tensor
 from decoding.hosting import SpanInput
-from decoding.lora import Chosen
+from decoding.lora import CaptureKey, Chosen
 
 log = logging.getLogger(__name__)
 MOST_TOKENS = 256
@@ -33,8 +34,10 @@ class StaticForward:
     """Batches of up to `sizes[-1]` tokens, each padded to the next of `sizes`, through the same buffers.
 
     `packed` is the forward of one batch. `capture` makes a function over the buffers into a quicker one that does the
-    same, at the first batch of each size; where it fails once, `quick` becomes False and batches run as they are.
-    `width`: the most blocks of a track; `splits`: keys per part of a long context, by size.
+    same, at the first batch of each size; where it fails once, `quick` becomes False and batches run as they are, or
+    `quick_adapted` does and batches with adapters do. What is made of adapters holds for one key, see
+    `Loras.capture_key`: under another it is dropped. `width`: the most blocks of a track; `splits`: keys per part of a
+    long context, by size.
     """
 
     def __init__(
@@ -51,40 +54,49 @@ class StaticForward:
         self._longs = torch.zeros(4 * most, dtype=torch.int64, device=device)
         self._bounds = torch.zeros(2 * most + 3, dtype=torch.int32, device=device)
         self._tables = torch.zeros(most + 1, width, dtype=torch.int32, device=device)
+        self._owners = torch.full((most,), -1, dtype=torch.int32, device=device)
+        self._key: CaptureKey | None = None
         self.made: dict[int, Forward] = {}
-        self.quick = capture is not None
+        self.adapted: dict[int, Forward] = {}
+        self.quick = self.quick_adapted = capture is not None
 
-    def takes(self, batch: Batch) -> bool:
-        """Whether the buffers hold the batch."""
-        return batch.slots.shape[0] <= self._sizes[-1] and batch.tables.shape[1] <= self._tables.shape[1]
+    def takes(self, batch: Batch, chosen: Chosen | None = None) -> bool:
+        """Whether the batch is quicker this way: the buffers hold it, and what it needs can be captured."""
+        adapters = chosen is None or (self.quick_adapted and chosen.key is not None)
+        return self.quick and adapters and self._fits(batch)
 
     def size(self, tokens: int) -> int:
         """Tokens that a batch of `tokens` is padded to."""
         return next(size for size in self._sizes if size >= tokens)
 
     @torch.inference_mode()
-    def prepare(self, tokens: int) -> None:
-        """Capture what is needed for batches of up to `tokens`; the pool is not touched."""
+    def prepare(self, tokens: int, chosen: Chosen | None = None) -> None:
+        """Capture what batches of up to `tokens` with adapters such as `chosen` need; the pool is not touched."""
         for size in self._sizes:
-            if size <= tokens and size not in self.made:
-                self._make(size)
+            if size <= tokens:
+                self._forward(size, chosen)
 
     def __call__(self, batch: Batch, chosen: Chosen | None = None) -> Output:
         """logits [T, width], hidden [T, hidden] of all tokens of a batch, which may be in the host's memory.
 
-        `chosen` is for as many tokens as the batch is padded to, and keeps it from what was captured.
+        Without a key `chosen` is for as many tokens as the batch is padded to, and keeps it from what was captured.
         """
-        assert self.takes(batch), "a batch fits its buffers"
+        assert self._fits(batch), "a batch fits its buffers"
         tokens = batch.slots.shape[0]
         size = self.size(tokens)
-        if chosen is None and size not in self.made:
-            self._make(size)
-        self._fill(size, batch)
-        if chosen is not None:
+        if chosen is not None and chosen.key is None:
+            self._fill(size, batch)
             logits, hidden = self._packed(self._view(size), chosen)
             return logits[:tokens], hidden[:tokens]
-        logits, hidden = self.made[size]()
+        forward = self._forward(size, chosen)
+        self._fill(size, batch)
+        if chosen is not None:
+            self._fill_owners(size, chosen.owners)
+        logits, hidden = forward()
         return logits[:tokens].clone(), hidden[:tokens].clone()
+
+    def _fits(self, batch: Batch) -> bool:
+        return batch.slots.shape[0] <= self._sizes[-1] and batch.tables.shape[1] <= self._tables.shape[1]
 
     def _view(self, size: int) -> Batch:
         """The buffers as a batch of `size` tokens and one more track than that."""
@@ -93,18 +105,38 @@ class StaticForward:
         places = (longs[0:1], longs[1:2], longs[2], longs[3], self._tables[: size + 1])
         return Batch(*places, None, (), starts, ends, self._splits(size))
 
-    def _make(self, size: int) -> None:
+    def _forward(self, size: int, chosen: Chosen | None) -> Forward:
+        """What was made for `size`, or is now; what was made of adapters under another key than `chosen`'s goes."""
+        if chosen is not None and chosen.key != self._key:
+            self.adapted.clear()
+            self._key = chosen.key
+        made = self.made if chosen is None else self.adapted
+        if size not in made:
+            made[size] = self._make(size, chosen)
+        return made[size]
+
+    def _make(self, size: int, chosen: Chosen | None) -> Forward:
         """Over padding alone: whatever is tried out first stores nothing."""
-        forward: Forward = partial(self._packed, self._view(size), None)
-        self.made[size] = forward
-        if self._capture is None:
-            return
+        adapters = None if chosen is None else chosen.over(self._owners[:size])
+        forward: Forward = partial(self._packed, self._view(size), adapters)
+        if self._capture is None or not (self.quick if chosen is None else self.quick and self.quick_adapted):
+            return forward
         self._fill(size, None)
+        self._fill_owners(size, None)
         try:
-            self.made[size] = self._capture(forward, size)
+            return self._capture(forward, size)
         except Exception as error:
-            log.warning("Forwards stay without CUDA graphs, capturing one failed: %s", str(error)[:300])
-            self._capture, self.quick = None, False
+            what = "Forwards" if chosen is None else "Forwards with adapters"
+            log.warning("%s stay without CUDA graphs, capturing one failed: %s", what, str(error)[:300])
+        self.quick, self.quick_adapted = self.quick and chosen is not None, False
+        return forward
+
+    def _fill_owners(self, size: int, owners: Tensor | None) -> None:
+        """Copy `owners`, int32 on the host, into their buffer, and -1 behind them."""
+        padded = torch.full((size,), -1, dtype=torch.int32)
+        if owners is not None:
+            padded[: owners.shape[0]] = owners
+        send(padded, self._owners[:size])
 
     def _fill(self, size: int, batch: Batch | None) -> None:
         """Copy `batch` into the buffers of `size` tokens, padding behind it."""
@@ -166,6 +198,7 @@ class CudaGraphs:
     def __init__(self, most: int) -> None:
         self._most, self._pool = most, torch.cuda.graph_pool_handle()
         self._outputs: tuple[Tensor, ...] = ()
+        self._first: torch.cuda.CUDAGraph | None = None  # nothing can be captured into a pool that has lost all graphs
 
     def __call__(self, forward: Forward, size: int) -> Forward:
         """A replay of `forward` [size, ..]; its result holds until the next replay of any."""
@@ -183,6 +216,7 @@ class CudaGraphs:
         with here, torch.cuda.graph(graph, pool=self._pool):
             for to, result in zip((logits, hidden), forward(), strict=True):
                 to.copy_(result)
+        self._first = self._first or graph
 
         def replay() -> Output:
             graph.replay()

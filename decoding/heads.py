@@ -27,6 +27,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from decoding.core import ModelLoadError, ModelSpec
+from decoding.host_gate import other_head
 from decoding.judge import local_directory
 from decoding.weights import read_weights
 
@@ -162,6 +163,7 @@ def read_head_model(spec: ModelSpec, config: Any, dtype: torch.dtype) -> HeadMod
     backbone = _backbone(spec, config, dtype, tensors)
     head, about = _head(tensors, config, dtype)
     _check_sizes(head, about, config)
+    _check_kind(spec, about, config)
     return HeadModel(backbone, head, about)
 
 
@@ -275,6 +277,21 @@ def _gate(tensors: _Tensors, config: Any) -> Gate | None:
         layers.append((weight, bias))
     scale = tensors.need("gating.logit_scale", torch.float32)
     return Gate(tuple(layers), float(getattr(config, "gating_temperature", 10.0)), float(scale.flatten()[0]))
+
+
+def _check_kind(spec: ModelSpec, about: Head, config: Any) -> None:
+    """Raises ModelLoadError for labels of tokens as a reward, and for more outputs than score a step as a PRM.
+
+    One output can be read as either.
+    """
+    name = _architecture(config)
+    what, its = other_head(name)
+    found = f"it is a {name}, which {what or 'has a head'} ({about.outputs} outputs):"
+    if spec.kind == "reward" and its == "prm" and about.outputs != 1:
+        raise ModelLoadError(f"{found} its kind is prm, not reward.")
+    if spec.kind == "prm" and about.outputs > 2:
+        right = "its kind is reward, not prm." if its == "reward" else "a prm has 1 or 2 outputs."
+        raise ModelLoadError(f"{found} {right}")
 
 
 def _check_sizes(head: nn.Module, about: Head, config: Any) -> None:

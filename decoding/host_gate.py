@@ -19,6 +19,8 @@ OTHER_HEADS = {
     "ForSequenceClassification": ("has a head that scores whole texts", "reward"),
     "ForTokenClassification": ("has a head that labels tokens", "prm"),
     "ForProcessRewardModel": ("has a head that scores steps", "prm"),
+    "ForPrmModel": ("has a head that scores steps", "prm"),
+    "ForRewardModelWithGating": ("has a head that scores whole texts", "reward"),
     "RewardModel": ("has a head that scores whole texts", "reward"),
     "ForQuestionAnswering": ("has a head that marks spans", None),
     "ForMultipleChoice": ("has a head that scores whole texts", None),
@@ -28,14 +30,14 @@ OTHER_HEADS = {
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
-def causal_class(config: Any, scores: bool = False) -> type[PreTrainedModel]:
+def causal_class(config: Any, scores: bool = False, wanted: str = "causal") -> type[PreTrainedModel]:
     """The causal LM class of `config`. Raises ModelLoadError when there is none, or none that can be served.
 
-    scores: the checkpoint may have a head that scores texts.
+    scores: the checkpoint may have a head that scores texts. wanted: the kind that its entry says.
     """
     kind = str(config.model_type)
     if not scores:
-        _check_head(config)
+        _check_head(config, wanted)
     known = AutoModelForCausalLM._model_mapping
     if getattr(config, "is_encoder_decoder", False):
         raise ModelLoadError(f"{kind} is an encoder-decoder; only decoder-only language models are served.")
@@ -55,18 +57,24 @@ def causal_class(config: Any, scores: bool = False) -> type[PreTrainedModel]:
     return found
 
 
-def _check_head(config: Any) -> None:
+def other_head(name: str) -> tuple[str, str | None]:
+    """What a checkpoint's class does instead of predicting the next token, and its kind; "" if that is not known."""
+    return next((told for ending, told in OTHER_HEADS.items() if name.endswith(ending)), ("", None))
+
+
+def _check_head(config: Any, wanted: str) -> None:
     """The checkpoint is of a causal LM: transformers would make one of any, with a head of random or tied weights."""
+    encoder = type(config) in AutoModelForMaskedLM._model_mapping
     for name in getattr(config, "architectures", None) or ():
         if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
             return
-        for ending, (what, kind) in OTHER_HEADS.items():
-            if name.endswith(ending):
-                its = f"its kind is {kind}, not causal" if kind else "no kind of entry serves it"
-                raise ModelLoadError(
-                    f"it is a {name}, which {what} and gives no next-token distribution: {its}. A causal language "
-                    "model is needed here; to steer every token by a reward, an autoregressive reward model is one."
-                )
+        what, kind = other_head(name)
+        if what:
+            its = f"its kind is {kind}, not {wanted}" if kind and not encoder else "no kind of entry serves it"
+            raise ModelLoadError(
+                f"it is a {name}, which {what} and gives no next-token distribution: {its}. A causal language "
+                "model is needed here; to steer every token by a reward, an autoregressive reward model is one."
+            )
 
 
 def _check_layer_types(kind: str, config: Any) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -21,11 +21,13 @@ from transformers.pytorch_utils import Conv1D
 from decoding.adapters import Adapter, Lora
 from decoding.attention import Tensor
 from decoding.hosting import SpanInput
-from decoding.upload import uploaded
+from decoding.upload import upload
 
 FEW_TOKENS = 64  # up to here every token meets every adapter: more products, but a few calls only
 PROBE = "\0probe"  # no id of a model's
+LEAST_RANK = 16  # Triton's launches are the same for all ranks up to here
 
+CaptureKey = tuple[int, int, int, frozenset[str]]  # the table's address and places, the rank, the layers with hooks
 Kernel = Literal["cpu", "triton"]  # `trimtab::lora`, which `load_kernels()` has made; `triton_kernels.lora`
 
 
@@ -34,9 +36,10 @@ class Chosen:
     """Which adapter each token of one packed batch uses.
 
     runs: (adapter, first token, end) in order, none for tokens without one. What there is a kernel for has `owners`
-    [T], the place of the token's adapter in `table` or -1: int64 for the CPU's, which takes few tokens; int32 and on
-    the device, with `max_rank`, for Triton's, which takes any number. Without a kernel few tokens have `masks` [T, K],
-    one per layout, 1 where the token's adapter owns the column and 0 elsewhere.
+    [T], the place of the token's adapter in `table` or -1: int64 for the CPU's, which takes few tokens; int32, with
+    `max_rank`, for Triton's, which takes any number and has them on the device. Without a kernel few tokens have
+    `masks` [T, K], one per layout, 1 where the token's adapter owns the column and 0 elsewhere. key: what a graph of
+    the forward would hold, None where none can be captured.
     """
 
     tokens: int
@@ -45,6 +48,16 @@ class Chosen:
     owners: Tensor | None = None
     table: Tensor | None = None
     max_rank: int = 0
+    key: CaptureKey | None = None
+
+    def to(self, device: torch.device) -> Chosen:
+        """The same with `owners` on `device`, without waiting for it; everything else is there from the start."""
+        return self if self.owners is None else replace(self, owners=upload(self.owners, device))
+
+    def over(self, owners: Tensor) -> Chosen:
+        """What a captured forward uses: `owners` [T] int32 on the device, which are written before each replay."""
+        assert self.key is not None
+        return Chosen(owners.shape[0], (), (), owners, self.table, self.max_rank, self.key)
 
 
 @dataclass(slots=True)
@@ -106,7 +119,7 @@ class Loras:
         """`kernel` computes what it can; None keeps to plain torch."""
         self._kernel = kernel
         self._device = next(model.parameters()).device
-        self._max_rank = 1
+        self._max_rank = LEAST_RANK
         self.linears = dict(_linears(model, head))
         self.adapters: dict[str, Adapter] = {}
         self.chosen: Chosen | None = None
@@ -162,7 +175,10 @@ class Loras:
         return sum(lora.down.nbytes + lora.up.nbytes for lora in held)
 
     def choose(self, spans: Sequence[SpanInput], like: Tensor) -> Chosen | None:
-        """What a forward of `spans` uses; None if no span names an adapter. Raises KeyError for one not loaded."""
+        """What a forward of `spans` uses, its owners still on the host; None if no span names an adapter.
+
+        Raises KeyError for an adapter that is not loaded.
+        """
         if all(span.adapter is None for span in spans):
             return None
         runs: list[tuple[str, int, int]] = []
@@ -177,8 +193,8 @@ class Loras:
                 start = runs.pop()[1]
             runs.append((span.adapter, start, end))
         if self._kernel == "triton":
-            owners = uploaded(self._owners(runs, end), self._device, torch.int32)
-            return Chosen(end, tuple(runs), owners=owners, table=self._table, max_rank=self._max_rank)
+            owners = torch.tensor(self._owners(runs, end), dtype=torch.int32)
+            return Chosen(end, tuple(runs), (), owners, self._table, self._max_rank, self.capture_key())
         if end > FEW_TOKENS:
             return Chosen(end, tuple(runs))
         if self._kernel:
@@ -221,9 +237,12 @@ class Loras:
                 self._layouts.append(layout)
             layer.layout = self._layouts.index(layout)
 
-    def capture_key(self) -> tuple[int, int]:
-        """What a captured graph with adapters has in it; one that was captured under another key must not run."""
-        return self._table.data_ptr(), self._max_rank
+    def capture_key(self) -> CaptureKey:
+        """What a captured graph with adapters has in it; one that was captured under another key must not run.
+
+        A table may lie where an earlier, smaller one has been, so its address alone does not tell them apart.
+        """
+        return self._table.data_ptr(), self._table.shape[1], self._max_rank, frozenset(self._hooked)
 
     @torch.inference_mode()
     def _renew(self) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from decoding.combine import Gating, KernelRows, TorchRows, rows_together
 from decoding.core import Policy, Solver
+from decoding.download import Download
 from decoding.hosting import Rows
 from decoding.sampling import Position
 from decoding.state import Sample
@@ -43,9 +44,10 @@ class Mixed:
     processed: set[int] = field(default_factory=set)
     best: torch.Tensor | None = None
 
-    def weights(self) -> dict[int, list[float]]:
-        """What a solver chose, by row: J floats. Waits for the device."""
-        return {row: chosen for rows, w in self.solved for row, chosen in zip(rows, w.tolist(), strict=True)}
+    def weights(self, down: Download) -> Callable[[], dict[int, list[float]]]:
+        """What gives the solvers' choices by row, J floats each, once `down` has fetched."""
+        wanted = [(rows, down.want(w)) for rows, w in self.solved]
+        return lambda: {row: own for rows, w in wanted for row, own in zip(rows, w().tolist(), strict=True)}
 
 
 def mix(
@@ -162,7 +164,10 @@ def _mix_on_device(
 def _solve(
     solver: Solver, terms: Sequence[torch.Tensor], samples: Sequence[Sample], starts: torch.Tensor
 ) -> torch.Tensor:
-    """A solver's weights for all rows, [n, J]. Behind a draft its state is the one with that draft accepted."""
+    """A solver's weights for all rows, [n, J]. Behind a draft its state is the one with that draft accepted.
+
+    A state is the host's: it waits for the device once for each row of the longest draft but the last.
+    """
     total = sum(sample.count for sample in samples)
     if not solver.stateful or total == len(samples):
         states = [sample.sequence.solver_state for sample in samples for _ in range(sample.count)]
@@ -172,12 +177,15 @@ def _solve(
     state = [sample.sequence.solver_state for sample in samples]
     for step in range(max(sample.count for sample in samples)):
         members = [i for i, sample in enumerate(samples) if step < sample.count]
-        at = [begins[i] + step for i in members]
-        weights[at] = solver.weights([term[at] for term in terms], [state[i] for i in members], starts)
-        for i, row in zip(members, at):
-            token = samples[i].token_after(step)
+        at = uploaded([begins[i] + step for i in members], weights.device)
+        chosen = solver.weights([term[at] for term in terms], [state[i] for i in members], starts)
+        weights[at] = chosen
+        tokens = [samples[i].token_after(step) for i in members]
+        if all(token is None for token in tokens):
+            continue
+        for i, own, token in zip(members, chosen.tolist(), tokens, strict=True):
             if token is not None:
-                state[i] = solver.advance(state[i], weights[row].tolist(), token)
+                state[i] = solver.advance(state[i], own, token)
     return weights
 
 

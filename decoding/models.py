@@ -48,7 +48,7 @@ def _load(spec: ModelSpec, compile: bool, self_check: bool, adapters: bool) -> R
         raise ModelLoadError(f"kind '{spec.kind}' is not one of {', '.join(KINDS)}.")
     config = read_config(spec)
     scores = spec.kind in SCORERS and has_head(spec, config)
-    kind = causal_class(config, scores)
+    kind = causal_class(config, scores, spec.kind)
     length = context_limit(config, spec.max_model_len)
     device = _device(spec)
     use_device(device)

@@ -8,18 +8,16 @@ after the request's own processors, evaluated with the drafted prefix.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import torch
 
+from decoding.choose import choose, draft_of
 from decoding.hosting import Rows, SpanInput
-from decoding.noise import Lane
 from decoding.pace import Clock, Pace
-from decoding.rules import RULES, Rule
-from decoding.sampling import Position, draw, hard_mask, kept, pick, process, processes
+from decoding.sampling import Position, hard_mask
 from decoding.state import Draft, Group, Plan, Sequence
 
 logger = logging.getLogger("trimtab.engine")
@@ -51,10 +49,14 @@ class Proposer:
     """Fills in the drafts of a plan. `forward` runs a model; `clock` is told what each draft step took.
 
     `pace` says how likely a draft of a given confidence passes: an adaptive draft ends where that gets too little.
+    kernel: see `decoding.mix.mix`; with one, a draft step waits once for the device.
     """
 
-    def __init__(self, forward: Forward, generator: torch.Generator, clock: Clock, pace: Pace) -> None:
+    def __init__(
+        self, forward: Forward, generator: torch.Generator, clock: Clock, pace: Pace, kernel: bool | None = None
+    ) -> None:
         self._forward, self._generator, self._clock, self._pace = forward, generator, clock, pace
+        self._kernel = kernel
 
     def propose(self, plan: Plan) -> None:
         """Draft up to `planned` tokens for every sequence of the plan that drafts, then settle the plan's rows.
@@ -106,7 +108,7 @@ class Proposer:
 
     def _draft_alone(self, model: str, sequence: Sequence) -> list[Sequence]:
         """One more draft for one sequence; if that fails, it drafts no more."""
-        draft = self._record(sequence)
+        draft = draft_of(sequence)
         made = len(draft.tokens)
         for record in (draft.probs, draft.logprobs, draft.confidence):
             del record[made:]
@@ -156,46 +158,16 @@ class Proposer:
 
     def _choose(self, z: torch.Tensor, members: Seq[Sequence]) -> list[int | None]:
         """One draft per row of z [n, W], and what the rules want to know of its distribution; None: nothing allowed."""
-        places = [Position(s, tuple(s.draft.tokens) if s.draft else ()) for s in members]
-        rules = [_rule(s) for s in members]
-        unfiltered = {i: torch.log_softmax(z[i], 0) for i, rule in enumerate(rules) if rule.compares}
-        for row, at in enumerate(places):
-            if processes(at):
-                process(z[row], at)
-        best, first = z.max(1)
-        chosen: list[int | None] = [
-            token if math.isfinite(value) else None for token, value in zip(first.tolist(), best.tolist(), strict=True)
-        ]
-        hot = [i for i, at in enumerate(places) if at.sampling.temperature > 0 and chosen[i] is not None]
-        keyed = [i for i in hot if rules[i].keyed]
-        if keyed:
-            for i, token in zip(keyed, draw(z[keyed], [places[i] for i in keyed], self._generator), strict=True):
-                chosen[i] = token
-        weighed = [i for i in hot if not rules[i].keyed]
-        if weighed:
-            cut = kept(z[weighed], [places[i].sampling for i in weighed])
-            drawn = pick(cut, [places[i] for i in weighed], self._generator, Lane.DRAFT)
-            for i, token, probs in zip(weighed, drawn, torch.softmax(cut, 1), strict=True):
-                chosen[i] = token
-                self._record(members[i]).probs.append(probs[: members[i].group.width])
-        adaptive = [i for i, s in enumerate(members) if self._record(s).spec.tokens == "auto" and chosen[i] is not None]
-        if adaptive:
-            own = (
-                best
-                if not hot
-                else z.gather(1, torch.tensor([[token or 0] for token in chosen], device=z.device))[:, 0]
-            )
-            confidence = (own - torch.logsumexp(z, 1)).exp().tolist()
-            for i in adaptive:
-                self._record(members[i]).confidence.append(confidence[i])
-        for i, lp in unfiltered.items():
-            if chosen[i] is not None:
-                self._record(members[i]).logprobs.append(lp[: members[i].group.width])
-        return chosen
+        if self._kernel is None:
+            found = choose(z, members, self._generator)
+        else:
+            from decoding.device_draft import choose_on_device  # needs triton
 
-    def _record(self, sequence: Sequence) -> Draft:
-        assert sequence.draft is not None
-        return sequence.draft
+            found = choose_on_device(z, members, self._generator, self._kernel)
+        for row, (sequence, token) in enumerate(zip(members, found.tokens, strict=True)):
+            if token is not None:
+                found.record(row, sequence)
+        return list(found.tokens)
 
     def _takes(self, sequence: Sequence, token: int) -> bool:
         """`_take`; a constraint that raises, which is the embedder's code, ends the drafts of its own request only."""
@@ -208,7 +180,7 @@ class Proposer:
 
     def _take(self, sequence: Sequence, token: int) -> bool:
         """Draft `token`, if the request's hard constraints allow it there."""
-        draft = self._record(sequence)
+        draft = draft_of(sequence)
         width = sequence.group.width
         if token >= width:
             return False  # a token of one model that the mix cannot say
@@ -225,7 +197,7 @@ class Proposer:
 
     def _roll_back(self, sequence: Sequence) -> None:
         """The constraint is where the output ends again. One that cannot do that ends its request when it is asked."""
-        draft = self._record(sequence)
+        draft = draft_of(sequence)
         if sequence.constraint is None or not draft.tokens:
             return
         try:
@@ -237,7 +209,7 @@ class Proposer:
 
     def _give_up(self, sequence: Sequence) -> None:
         """Nothing is drafted in this tick, nor later: a drafter that failed once is not asked again."""
-        draft = self._record(sequence)
+        draft = draft_of(sequence)
         self._roll_back(sequence)
         planned = draft.planned
         draft.clear()
@@ -257,11 +229,6 @@ def _rows(logits: torch.Tensor, widths: Seq[int]) -> torch.Tensor:
             own = min(own, logits.shape[1])
             z[row, :own] = logits[row, :own]
     return z.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
-
-
-def _rule(sequence: Sequence) -> Rule:
-    assert sequence.draft is not None
-    return RULES[sequence.draft.spec.accept or "rejection"]
 
 
 def _ends(sequence: Sequence, token: int) -> bool:

@@ -11,7 +11,7 @@ import inspect
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -203,6 +203,8 @@ class Runner:
             return False
         if self._static is not None:
             self._static.prepare(FEW_ROWS)
+            if self._static.quick and (self._expects_adapters or self.loras.adapters):
+                self._prepare_adapted(self._static)
             return self._static.quick
         if not self._kernels:
             return False
@@ -213,6 +215,12 @@ class Runner:
         if self._compiled is not None and (self._expects_adapters or self.loras.adapters):
             self._compile_for_adapters(self._compiled)
         return self._compiled is not None
+
+    def _prepare_adapted(self, static: StaticForward) -> None:
+        """As for the adapters that are loaded; before there are any, as for one of a small rank on every layer."""
+        some = nullcontext(next(iter(self.loras.adapters))) if self.loras.adapters else self.loras.probe(self._like)
+        with some as adapter:
+            static.prepare(FEW_ROWS, self.loras.choose([SpanInput([1], 0, [0], [0], adapter)], self._like))
 
     def _compile_for_adapters(self, compiled: CompiledForward) -> None:
         """Once: the compiled forward then serves whichever adapters come and go, on whichever layers."""
@@ -269,14 +277,12 @@ class Runner:
         static, compiled, tokens = self._static, self._compiled, batch.slots.shape[0]
         pays = batch.rows is None or tokens <= COMPILED_CHUNK
         quick: StaticForward | CompiledForward
-        if static is not None and (
-            self._invariant or (pays and static.quick and chosen is None and static.takes(batch))
-        ):
+        if static is not None and (self._invariant or (pays and static.takes(batch, chosen))):
             quick = static
         elif compiled is not None and pays and compiled.takes(tokens, chosen):
             quick = compiled
         else:
-            return self._packed(batch.to(self.device), chosen)
+            return self._packed(batch.to(self.device), None if chosen is None else chosen.to(self.device))
         logits, hidden = quick(batch, chosen)
         if batch.rows is None:
             return logits, hidden

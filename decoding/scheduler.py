@@ -144,9 +144,11 @@ class Scheduler:
             caught_up = all(track.num_computed == sequence.target(track) for track in sequence.tracks)
             (ready if caught_up else behind).append(sequence)
         kept = 0.0  # for scorers, which read on, however many hypotheses there are
-        if self.config.max_search_tokens and any(sequence.goal is None for sequence in ready):  # someone streams
-            kept = self.config.max_search_tokens * (0.5 if any(isinstance(s, Stream) for s in behind) else 0.0)
-            plan.search = self.config.max_search_tokens - kept
+        others = [sequence for sequence in ready if sequence.goal is None and not isinstance(sequence, Stream)]
+        if self.config.max_search_tokens and others:
+            plan.search = max(self.config.max_search_tokens, sum(map(self._cost, others)))
+            kept = plan.search / 2 if any(isinstance(sequence, Stream) for sequence in behind) else 0.0
+            plan.search -= kept
         for sequence in self._fair(ready, plan.search):
             if sequence.running:
                 self._schedule(sequence, plan)
@@ -194,7 +196,7 @@ class Scheduler:
         search: the budget of searches' hypotheses.
         """
         rows = sum(len(s.tracks) for s in ready)
-        prices = [sum(self._price[track.model] for track in s.tracks) for s in ready]
+        prices = [self._cost(sequence) for sequence in ready]
         searched = sum(price for s, price in zip(ready, prices, strict=True) if s.goal is not None)
         fits = rows <= self.config.max_logit_rows and sum(prices) <= self.config.max_num_batched_tokens
         if fits and searched <= search:
@@ -207,6 +209,10 @@ class Scheduler:
             ranked.append((turn[group], group.last_tick, group.serial, sequence))
         ranked.sort(key=lambda entry: entry[:3])
         return [entry[3] for entry in ranked]
+
+    def _cost(self, sequence: Sequence) -> float:
+        """Of one row of it, in tokens of the dearest model."""
+        return sum(self._price[track.model] for track in sequence.tracks)
 
     def admit(self) -> None:
         """Seat waiting sequences, as far as seats and memory go; before every `plan`."""

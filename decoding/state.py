@@ -217,6 +217,11 @@ class Sequence:
         """Positions of `track` that may come from the prefix cache."""
         return self.target(track)
 
+    @property
+    def begins(self) -> bool:
+        """Whether nothing was drawn or read yet: what the prefix cache holds of it is not what it computed itself."""
+        return self.next_row < 0
+
     def known(self, track: Track) -> int:
         """Positions of `track` whose ids are settled."""
         return len(track.prompt) + len(self.output)
@@ -246,6 +251,11 @@ class Stream(Sequence):
         """What is wanted of a position is not in the cache."""
         return self.marks[0] if self.marks else self.known(track)
 
+    @property
+    def begins(self) -> bool:
+        """Whether nothing of it was computed yet."""
+        return self.last_tick < 0 and not self.read
+
     def settled(self, track: Track) -> int:
         """Nothing runs ahead."""
         return self.known(track)
@@ -256,7 +266,8 @@ class Group:
     """A request inside the engine: its sequences and what it has cost so far.
 
     `seed` keys the noise: the request's own, or one drawn for a rule that needs keyed noise; None for none. `owner`: of
-    what a search opens besides its request's own hypotheses, the request.
+    what a search opens besides its request's own hypotheses, the request. `read`: tokens of the prompts and the texts
+    for scorers that a search opened, `read_cached` those that were in the prefix cache.
     """
 
     request: Request
@@ -273,6 +284,8 @@ class Group:
     forwards: dict[str, int] = field(default_factory=dict)
     completion_tokens: int = 0
     cached_tokens: int = 0
+    read: int = 0
+    read_cached: int = 0
     preemptions: int = 0
     drafted: int = 0
     accepted: int = 0

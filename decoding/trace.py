@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from decoding.download import Download, Later
 from decoding.events import RoleTrace, TokenTrace
 from decoding.hosting import Rows
 from decoding.state import Sample
+from decoding.upload import uploaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +27,12 @@ class Chosen:
 
 
 def trace(chosen: Sequence[Chosen], rows: Mapping[str, Rows]) -> list[TokenTrace]:
-    """One entry per chosen token. Each model's rows are read once, for all tokens together."""
+    """One entry per chosen token. Each model's rows are read once, for all tokens together; waits once for them."""
     found: dict[tuple[int, int], float] = {}  # (entry, track) -> log-prob
     ranks: dict[int, int] = {}  # entry -> rank under the first term
+    down = Download()
+    values: list[tuple[list[tuple[int, int]], Later]] = []  # of which entries and tracks
+    places: list[tuple[list[int], Later]] = []  # of which entries
     wanted: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
     for i, each in enumerate(chosen):
         group = each.sample.sequence.group
@@ -36,18 +41,25 @@ def trace(chosen: Sequence[Chosen], rows: Mapping[str, Rows]) -> list[TokenTrace
             wanted.setdefault((track.model, group.width), []).append((i, j, row))
     for (model, width), entries in wanted.items():
         logits = rows[model].logits
-        index = torch.tensor([row for _, _, row in entries], device=logits.device)
+        index = uploaded([row for _, _, row in entries], logits.device)
         part = logits[index, :width].float()  # [e, width]
-        tokens = torch.tensor([chosen[i].token for i, _, _ in entries], device=logits.device)[:, None]
+        tokens = uploaded([chosen[i].token for i, _, _ in entries], logits.device)[:, None]
         own = part.gather(1, tokens)
-        values = (own - torch.logsumexp(part, 1, keepdim=True))[:, 0].tolist()
-        found |= {(i, j): value for (i, j, _), value in zip(entries, values, strict=True)}
+        lp = (own - torch.logsumexp(part, 1, keepdim=True))[:, 0]
+        values.append(([(i, j) for i, j, _ in entries], down.want(lp)))
         first = [e for e, (i, j, _) in enumerate(entries) if j == chosen[i].sample.sequence.group.term_tracks[0]]
         if first:
-            part, own, tokens = (x if len(first) == len(entries) else x[first] for x in (part, own, tokens))
+            if len(first) < len(entries):
+                at = uploaded(first, logits.device)
+                part, own, tokens = part[at], own[at], tokens[at]
             above = (part > own).sum(1)
             equal = (part == own).logical_and_(torch.arange(width, device=logits.device) < tokens).sum(1)
-            ranks |= {entries[e][0]: rank for e, rank in zip(first, (above + equal).tolist(), strict=True)}
+            places.append(([entries[e][0] for e in first], down.want(above + equal)))
+    down.fetch()
+    for keys, lps in values:
+        found |= zip(keys, lps().tolist(), strict=True)
+    for which, above_it in places:
+        ranks |= zip(which, above_it().tolist(), strict=True)
     return [_entry(i, each, found, ranks[i]) for i, each in enumerate(chosen)]
 
 

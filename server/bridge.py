@@ -94,7 +94,7 @@ class Channel:
 
     def __init__(self, bridge: Bridge, requests: Sequence[EngineRequest]) -> None:
         self.positions = {request.id: i for i, request in enumerate(requests)}
-        self.sequences = sum(request.n for request in requests)
+        self.sequences = sum(request.sequences for request in requests)
         self.open = set(self.positions)
         self._bridge = bridge
         self._events: list[Event] = []
@@ -171,8 +171,8 @@ class Bridge:
             raise Overloaded("The server is shutting down.", retry_after=5)
         if channel.sequences > self.max_sequences:
             raise BadRequest(
-                f"The request has {channel.sequences} sequences (prompts times n); at most {self.max_sequences} can be "
-                "queued. Send fewer at a time.",
+                f"The request has {channel.sequences} sequences (prompts times n; a search is one); at most "
+                f"{self.max_sequences} can be queued. Send fewer at a time.",
                 "n",
             )
         if self.sequences + channel.sequences > self.max_sequences:

@@ -83,15 +83,21 @@ class Served:
                 users.append(f"part of the preset '{name}'")
         return users + ["the default"] * (self.names[0] == model)
 
+    def model_of(self, name: str | None) -> str:
+        """The model behind a name, of any kind; None is the default's. Raises UnknownModel."""
+        name = self.names[0] if name is None else name
+        preset = self.presets.get(name)
+        model = preset.model if preset else name
+        if model not in self.catalog:
+            raise UnknownModel(name, self.names)
+        return model
+
     def model_object(self, name: str) -> dict[str, Any]:
         """OpenAI's model object; a preset names the model behind it as root and parent.
 
         An adapter's parent is the model that it is of. Raises UnknownModel.
         """
-        preset = self.presets.get(name)
-        model = preset.model if preset else name
-        if model not in self.catalog:
-            raise UnknownModel(name, self.names)
+        preset, model = self.presets.get(name), self.model_of(name)
         return {
             "id": name,
             "object": "model",
@@ -126,10 +132,7 @@ class Served:
         its own, or a policy in full, it stands alone.
         """
         name = self.names[0] if name is None else name
-        preset = self.presets.get(name)
-        model = preset.model if preset else name
-        if model not in self.catalog:
-            raise UnknownModel(name, self.names)
+        preset, model = self.presets.get(name), self.model_of(name)
         asked = dict(decoding or {})
         if preset and asked.get("strategy") is None and asked.get("policy") is None:
             asked = preset.decoding | {key: value for key, value in asked.items() if key != "strategy"}

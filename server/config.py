@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from decoding.core import SCORERS, EngineConfig, ModelLoadError, ModelSpec
+from decoding.rules import RULES
 from decoding.scorers.remote import RemoteSpec
 from server.errors import nearest
 from server.family import FAMILY, embedded_family
@@ -336,6 +337,24 @@ def _check_admin(config: Config) -> None:
         raise ConfigError(f"admin_root: there is no directory '{config.admin_root}'.")
 
 
+def _check_judged(config: Config, name: str, preset: Preset) -> None:
+    """A rule that asks a judge head needs that of the model whose tokens are drafted: the policy's first one."""
+    speculation = preset.decoding.get("speculation")
+    accept = speculation.get("accept") if isinstance(speculation, dict) else None
+    if not isinstance(accept, str) or accept not in RULES or not RULES[accept].judges:
+        return
+    model = preset.model
+    match preset.decoding.get("policy"):
+        case {"terms": [{"model": str(first)}, *_]}:
+            model = first
+    judged = [entry.of for entry in config.models.values() if entry.kind == "judge" and entry.of is not None]
+    if model not in judged:
+        raise ConfigError(
+            f"presets.{name}.decoding.speculation.accept: '{accept}' needs a judge head of '{model}', a model entry of "
+            f"kind 'judge'. Models that have one: {', '.join(judged) or 'none'}."
+        )
+
+
 def _check_references(config: Config) -> None:
     _check_admin(config)
     config.remote_specs()
@@ -351,6 +370,7 @@ def _check_references(config: Config) -> None:
             raise ConfigError(f"presets: the name '{name}' is taken.")
         if preset.model not in models:
             raise ConfigError(f"presets.{name}.model: '{preset.model}' is not served.{nearest(preset.model, models)}")
+        _check_judged(config, name, preset)
     if config.defaults.model is not None and config.defaults.model not in names:
         raise ConfigError(
             f"defaults.model: '{config.defaults.model}' is not served.{nearest(config.defaults.model, names)}"

@@ -110,7 +110,7 @@ def _job(
     chat = isinstance(body, ChatBody)
     echo = isinstance(body, CompletionBody) and bool(body.echo)
     n = body.n or 1
-    _check_limits(body, len(prompts) * n, logprobs, config)
+    _check_limits(body, len(prompts) * (n if resolved.program.search is None else 1), logprobs, config)
     sampling = _sampling(body, logprobs, logprobs if echo else None, max_tokens)
     program = resolved.program
     if program.search is not None:
@@ -213,7 +213,7 @@ def _check_limits(body: GenerationBody, sequences: int, logprobs: int | None, co
         ("logit_bias", len(body.logit_bias or {}), config.max_logit_bias, "entries"),
         ("stop", len(stops), config.max_stop, "stop strings"),
         ("stop", max(map(len, stops), default=0), config.max_stop_length, "characters in a stop string"),
-        ("prompt", sequences, config.max_queue, "sequences (prompts times n)"),
+        ("prompt", sequences, config.max_queue, "sequences (prompts times n; a search is one)"),
     ]
     for param, value, limit, what in limits:
         if value > limit:

@@ -51,7 +51,7 @@ def test_bytes_are_what_the_docstrings_say(kernel: str, shape: str, expected: in
 
 
 def test_every_kernel_that_is_there_has_cases() -> None:
-    helpers = {"__init__", "dispatch", "floats", "noise", "chunked_linear"}
+    helpers = {"__init__", "dispatch", "floats", "noise", "chunked_linear", "distill_sweep"}
     measured = {part for name in kernels.KERNELS for part in name.split(" + ")}
     measured |= {"draw"}  # as a part of sample_verify
     assert {path.stem for path in (ROOT / "triton_kernels").glob("*.py")} <= measured | helpers

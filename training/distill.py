@@ -11,9 +11,10 @@ from decoding.core import ModelLoadError
 from training.chats import Ids, read_prompts
 from training.demo.tasks import demo_world
 from training.demo.tasks import material as demo_material
-from training.distillation import GAMMAS, LOSSES, Job, Material, distil
+from training.distillation import GAMMAS, Job, Material, distil
 from training.drafter import read_tokenizer
 from training.loop import Recipe
+from triton_kernels.distill_sweep import KINDS
 
 DEMO = "demo"  # in place of a file: the embedded family's own text
 _DEMO_PROMPTS, _DEMO_TEXTS = 2_500, 40_000
@@ -35,7 +36,7 @@ _Data = Annotated[
         "prompts, the beginnings of the texts serve. The word demo stands for the embedded family's own text."
     ),
 ]
-_Loss = Annotated[str, typer.Option(help=f"{', '.join(LOSSES)}: KL(target, drafter), distance, or acceptance.")]
+_Loss = Annotated[str, typer.Option(help=f"{', '.join(KINDS)}: KL(target, drafter), distance, or acceptance.")]
 _Sigma = Annotated[str, typer.Option(help="tvd++: standardise rewards over the batch or by position.")]
 _Decay = Annotated[
     float | None, typer.Option(min=0, help="lk: w KL + (1 - w) TVD, w = exp(-decay * acceptance), if given.")
@@ -43,7 +44,9 @@ _Decay = Annotated[
 _Temperature = Annotated[
     list[float] | None, typer.Option(min=0, help="The target writes at each of them [default: 0, 0.3, 0.7, 1].")
 ]
-_Batch = Annotated[int, typer.Option(min=1, help="Rows a step; logits of both models are held for them.")]
+_Batch = Annotated[
+    int, typer.Option(min=1, help="Rows a step; their hidden states are held, logits a chunk at a time.")
+]
 
 
 def distill(

@@ -9,14 +9,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from decoding.core import Sampling
@@ -24,13 +23,13 @@ from decoding.judge import weights_hash
 from training.chats import Ids
 from training.data import Document, Rows, join, pack
 from training.drafter import first_drafter, read_tokenizer
-from training.loop import Objective, Recipe, train
-from training.losses import Distillation, kl, lk, lk_mixed, shift, tvd, tvd_plus
+from training.heads import reading
+from training.loop import Recipe, train
 from training.measure import Response, agreements, report
 from training.store import Store, chunks, paced
+from training.whitebox import Loss, distillation
 from training.writer import open_engine, write
 
-LOSSES = ("kl", "tvd", "tvd++", "lk")
 GAMMAS = (1, 2, 4, 8)
 _AT_ONCE = 128  # prompts that the target answers in one batch
 
@@ -63,19 +62,9 @@ class Job:
     length: int = 256
 
     @property
-    def criterion(self) -> Distillation:
+    def criterion(self) -> Loss:
         """The loss of step 3. Raises ValueError for an unknown name."""
-        if self.loss == "lk" and self.lk_decay is not None:
-            return partial(lk_mixed, decay=self.lk_decay)
-        known: dict[str, Distillation] = {
-            "kl": kl,
-            "tvd": tvd,
-            "tvd++": partial(tvd_plus, per_position=self.per_position),
-            "lk": lk,
-        }
-        if self.loss not in known:
-            raise ValueError(f"no loss called {self.loss!r}; choose from {', '.join(LOSSES)}")
-        return known[self.loss]
+        return Loss(self.loss, self.per_position, self.lk_decay)
 
 
 def distil(job: Job, material: Material, console: Console) -> dict[str, Any]:
@@ -96,9 +85,12 @@ def distil(job: Job, material: Material, console: Console) -> dict[str, Any]:
     end = int(tokenizer.eos_token_id)
     texts = _pack([Document(ids) for ids in material.texts], job.length, end)
     if new and job.reading is not None and texts is not None:
-        train(drafter, texts, job.reading, checkpoint=work / "reading.pt", title="reading", console=console)
+        train(
+            drafter, texts, job.reading, checkpoint=work / "reading.pt", objective=reading(drafter), title="reading",
+            console=console,
+        )  # fmt: skip
     rows = mixed(_pack([_document(each, end) for each in responses], job.length, end), texts, job.text_share)
-    objective = distillation(target, criterion)
+    objective = distillation(target, drafter, criterion, console)
     outcome = train(
         drafter, rows, job.recipe, checkpoint=work / "distil.pt", objective=objective, title="distil", console=console
     )
@@ -111,21 +103,6 @@ def distil(job: Job, material: Material, console: Console) -> dict[str, Any]:
     for name in ("reading.pt", "distil.pt"):
         (work / name).unlink(missing_ok=True)
     return card
-
-
-def distillation(target: nn.Module, loss: Distillation) -> Objective:
-    """The mean of `loss` over the tokens that are targets; the labels are not looked at. Zero without targets."""
-
-    def objective(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = target(input_ids=ids, use_cache=False).logits  # [batch, length, vocab]
-        drafted = model(input_ids=ids, use_cache=False).logits  # [batch, length, vocab]
-        width = min(wanted.shape[-1], drafted.shape[-1])  # padded heads differ
-        p, _, mask = shift(wanted[..., :width], ids, targets)
-        q, _, _ = shift(drafted[..., :width], ids, targets)
-        return loss(p[mask], q[mask]).sum() / mask.sum().clamp(min=1)
-
-    return objective
 
 
 def mixed(responses: Rows | None, texts: Rows | None, text_share: float) -> Rows:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from training.chats import Ids
+from training.heads import is_plain, logits_by_row
 from training.losses import acceptance
 
 
@@ -35,15 +36,16 @@ class Agreement:
 def agreements(target: nn.Module, drafter: nn.Module, responses: Sequence[Response], batch: int) -> list[Agreement]:
     """Compare both models along `responses`, each at its own temperature (0: their greedy choices)."""
     found: list[Agreement] = []
+    plain = [(model, is_plain(model)) for model in (target, drafter)]
     for first in range(0, len(responses), batch):
         part = responses[first : first + batch]
         ids = padded([response.prompt + response.ids for response in part], next(target.parameters()).device)
-        wanted = target(input_ids=ids, use_cache=False).logits.float()  # [part, longest, vocab]
-        drafted = drafter(input_ids=ids, use_cache=False).logits.float()
-        width = min(wanted.shape[-1], drafted.shape[-1])
+        read = [logits_by_row(model, ids, known) for model, known in plain]
         for row, response in enumerate(part):
             where = slice(len(response.prompt) - 1, len(response.prompt) + len(response.ids) - 1)
-            found.append(_agreement(response, wanted[row, where, :width], drafted[row, where, :width]))
+            wanted, drafted = (logits(row, where).float() for logits in read)  # [L, vocab]
+            width = min(wanted.shape[-1], drafted.shape[-1])
+            found.append(_agreement(response, wanted[:, :width], drafted[:, :width]))
     return found
 
 

@@ -37,7 +37,7 @@ def logits_of(buffer: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | Non
 
 @dataclass(slots=True)
 class Gradients:
-    """Of a head; None where not wanted. hidden [N, D] in its dtype, weight [V, D] and bias [V] in fp32."""
+    """Of a head; None where not wanted. hidden [N, D] in its dtype, weight [V, D] and bias [V] in fp32 or wider."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -46,10 +46,11 @@ class Gradients:
     @classmethod
     def zeros(cls, hidden: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]) -> Gradients:
         """For `wanted` of hidden, weight, bias."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
         return cls(
             torch.empty_like(hidden) if wanted[0] else None,
-            torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None,
-            torch.zeros_like(weight[:, 0], dtype=torch.float32) if wanted[2] else None,
+            torch.zeros_like(weight, dtype=wide) if wanted[1] else None,
+            torch.zeros_like(weight[:, 0], dtype=wide) if wanted[2] else None,
         )
 
     def add(self, start: int, slope: Tensor, hidden: Tensor, weight: Tensor) -> None:
@@ -57,9 +58,9 @@ class Gradients:
         if self.hidden is not None:
             torch.mm(slope, weight, out=self.hidden[start : start + len(slope)])
         if self.weight is not None:
-            if slope.dtype == torch.float32:
+            if slope.dtype == self.weight.dtype:
                 self.weight.addmm_(slope.t(), hidden)
             else:
                 self.weight += slope.t() @ hidden
         if self.bias is not None:
-            self.bias += slope.sum(0, dtype=torch.float32)
+            self.bias += slope.sum(0, dtype=self.bias.dtype)

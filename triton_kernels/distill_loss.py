@@ -12,10 +12,10 @@
 (Goel et al. 2024, arXiv:2403.00858; Samarin et al. 2026, arXiv:2602.23881.) The loss is the mean over the rows of the
 mask. sigma is that of m's mean over them, or the row's own (`per_position`).
 
-The drafter's logits exist for one chunk of rows at a time, and the kernel overwrites them by their slopes, which two
-products turn into gradients: the memory is C V instead of several N V. The gradients are made by the forward pass and
-scaled by the backward pass. A batch's sigma is a factor, so one sweep over the chunks is enough; w is not, so the mixed
-loss takes two sweeps, and an additional product with W.
+The drafter's logits exist for one chunk of rows at a time, and the kernel overwrites them by their slopes
+(`distill_sweep.py` has the sweep over the chunks): the memory is C V instead of several N V. The target is a tensor,
+or hidden states and a head, whose logits then exist for one chunk as well. The mixed loss takes two sweeps, and so
+additional products with the heads.
 
 Launches: one a chunk (and the products). Bytes: target and logits are read twice (kl) or three times, slopes written
 once. A program a row: full speed takes as many rows as the GPU has multiprocessors, which training has.
@@ -23,31 +23,20 @@ once. A program a row: full speed takes as many rows as the GPU has multiprocess
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
-from triton_kernels.chunked_linear import CHUNK, Gradients, check_head, logits_of
+from triton_kernels.chunked_linear import CHUNK
 from triton_kernels.dispatch import on_kernel
+from triton_kernels.distill_sweep import KINDS, Options, TargetHead, checked, chunked_distill_loss, sigma
+
+__all__ = ["KINDS", "TargetHead", "distill_loss", "distill_loss_reference"]
 
 Tensor = torch.Tensor
 
-KINDS = ("kl", "tvd", "tvd++", "lk")
 _BLOCK = 4096
 _KL, _TVD, _TVD_PLUS, _LK, _MIXED = (tl.constexpr(i) for i in range(5))
-
-
-class Options(NamedTuple):
-    """What to minimise, and how many rows at a time."""
-
-    kind: str
-    per_position: bool
-    floor: float
-    decay: float | None
-    chunk: int
 
 
 def distill_loss_reference(
@@ -74,12 +63,8 @@ def distill_loss_reference(
         if options.kind == "tvd++":
             m = (q * (p > q)).sum(1).detach()
             m = m if options.per_position else (m * mask).sum() / count
-            rows = tvd / _sigma(m, options.floor)
+            rows = tvd / sigma(m, options.floor)
     return torch.where(mask, rows, 0.0).sum() / count
-
-
-def _sigma(m: Tensor, floor: float) -> Tensor:
-    return (m * (1 - m)).clamp(min=0).sqrt().clamp(min=floor)
 
 
 @triton.jit
@@ -179,11 +164,31 @@ def _distill_loss_kernel(
             tl.store(logits_ptr + at, slope.to(logits_ptr.dtype.element_ty), mask=at < width)
 
 
+def _kernel_rows(
+    logits: Tensor, target: Tensor, mask: Tensor, w: Tensor, loss: Tensor, share: Tensor, options: Options, slopes: bool
+) -> None:
+    """The `RowLoss` of the kernel."""
+    target = target if target.stride(1) == 1 else target.contiguous()
+    _distill_loss_kernel[(len(logits),)](
+        logits, target, target.stride(0), mask, w, loss, share, logits.shape[1], options.floor, _number(options),
+        slopes, _BLOCK, num_warps=8,
+    )  # fmt: skip
+
+
+def _number(options: Options) -> int:
+    """The kernel's name for a loss; a batch's sigma is a factor outside."""
+    if options.kind == "tvd++":
+        return int((_TVD_PLUS if options.per_position else _TVD).value)
+    if options.kind == "lk":
+        return int((_MIXED if options.mixed else _LK).value)
+    return int((_KL if options.kind == "kl" else _TVD).value)
+
+
 def distill_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    target: Tensor,
+    target: Tensor | TargetHead,
     kind: str,
     *,
     mask: Tensor | None = None,
@@ -196,82 +201,16 @@ def distill_loss(
     """The mean loss over the rows of `mask`, a scalar in fp32; 0 without any. Gradients go to hidden, weight, bias.
 
     hidden [N, D] fp32, bf16 or fp16, the drafter's last hidden states; weight [V, D] and bias [V], its head; target
-    [N, V] of any float dtype, the target's logits or log-probs (-inf: no probability); mask [N] bool, else all rows.
-    `kind` is one of KINDS; `decay` makes lk the mixed loss; `per_position` and `floor` are tvd++'s. Raises ValueError
-    if the shapes do not fit or for another kind.
+    [N, V] of any float dtype, the target's logits or log-probs (-inf: no probability), or its hidden states and head;
+    mask [N] bool, else all rows. `kind` is one of KINDS; `decay` makes lk the mixed loss; `per_position` and `floor`
+    are tvd++'s. Raises ValueError if the shapes do not fit or for another kind.
     """
-    check_head("distill_loss", hidden, weight, bias, chunk)
-    if kind not in KINDS:
-        raise ValueError(f"distill_loss: no loss called {kind!r}; choose from {', '.join(KINDS)}")
-    if target.shape != (len(hidden), len(weight)) or (mask is not None and mask.shape != hidden.shape[:1]):
-        raise ValueError(f"distill_loss: target {tuple(target.shape)} or mask do not fit {tuple(hidden.shape)}")
     options = Options(kind, per_position, floor, decay, chunk)
-    rows = torch.ones_like(hidden[:, 0], dtype=torch.bool) if mask is None else mask.bool()
-    if not on_kernel(hidden, kernel):
-        return distill_loss_reference(hidden, weight, bias, target.detach(), rows, options)
-    learn = torch.is_grad_enabled()
-    found: Tensor = _DistillLoss.apply(hidden, weight, bias, target.detach(), rows, options, learn)
-    return found
-
-
-class _DistillLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        mask: Tensor,
-        options: Options,
-        learn: bool,
-    ) -> Tensor:
-        """Loss, and in `ctx` the gradients of the sum of rows, with their factor."""
-        n, kind, device = len(hidden), _number(options), hidden.device
-        weight = weight.to(hidden.dtype)
-        bias = None if bias is None else bias.to(hidden.dtype)
-        target = target if target.stride(1) == 1 else target.contiguous()
-        mask = mask.contiguous().view(torch.uint8)
-        wanted = ctx.needs_input_grad[:3] if learn else (False, False, False)
-        made = Gradients.zeros(hidden, weight, wanted)
-        buffer = torch.empty(min(options.chunk, n), len(weight), dtype=hidden.dtype, device=device)
-        loss, share = torch.empty(2, n, device=device).unbind(0)
-        w = torch.ones(1, device=device)
-        count = mask.sum().clamp(min=1)
-
-        def sweep(slopes: bool) -> None:
-            for start in range(0, n, options.chunk):
-                part = slice(start, start + options.chunk)
-                rows = hidden[part]
-                logits = logits_of(buffer, rows, weight, bias)  # [C, V]
-                _distill_loss_kernel[(len(rows),)](
-                    logits, target[part], target.stride(0), mask[part], w, loss[part], share[part], len(weight),
-                    options.floor, kind, slopes, _BLOCK, num_warps=8,
-                )  # fmt: skip
-                if slopes:
-                    made.add(start, logits, rows, weight)
-
-        if options.kind == "lk" and options.decay is not None:
-            sweep(slopes=False)
-            w = torch.exp(-options.decay * share.sum() / count)
-        sweep(slopes=any(wanted))
-        factor = 1 / count
-        if options.kind == "tvd++" and not options.per_position:
-            factor = factor / _sigma(share.sum() / count, options.floor)
-        ctx.save_for_backward(made.hidden, made.weight, made.bias, factor)
-        return loss.sum() * factor
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        *made, factor = ctx.saved_tensors
-        return (*(None if each is None else each * (slope * factor) for each in made), None, None, None, None)
-
-
-def _number(options: Options) -> int:
-    """The kernel's name for a loss; a batch's sigma is a factor outside."""
-    if options.kind == "tvd++":
-        return int((_TVD_PLUS if options.per_position else _TVD).value)
-    if options.kind == "lk":
-        return int((_LK if options.decay is None else _MIXED).value)
-    return int((_KL if options.kind == "kl" else _TVD).value)
+    rows = checked("distill_loss", hidden, weight, bias, target, mask, options)
+    if on_kernel(hidden, kernel):
+        return chunked_distill_loss(
+            hidden, weight, bias, target, kind, mask=rows, per_position=per_position, floor=floor, decay=decay,
+            chunk=chunk, rows=_kernel_rows,
+        )  # fmt: skip
+    logits = target.logits() if isinstance(target, TargetHead) else target
+    return distill_loss_reference(hidden, weight, bias, logits.detach(), rows, options)

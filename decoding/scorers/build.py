@@ -257,7 +257,10 @@ def _reading(params: ScorerParams, models: Mapping[str, ScorerModel], default: s
 
 def _head(model: ScorerModel) -> Head:
     if model.head is None:
-        raise ModelLoadError(f"'{model.id}' is of kind reward, but has no classification head.")
+        raise ModelLoadError(
+            f"'{model.id}' is a causal language model without a head that scores: its kind is causal, guard or "
+            "self_eval, or prm with two score_tokens, not reward."
+        )
     return model.head
 
 

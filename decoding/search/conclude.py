@@ -30,6 +30,8 @@ def conclude(driver: Driver) -> tuple[list[Delta], SearchReport]:
         tuple(driver.scored.items()),
         tuple(_report(driver, each) for each in outcome.candidates) if plan.candidates else (),
         tuple(outcome.details.items()),
+        driver.group.read,
+        driver.group.read_cached,
     )
     return deltas, report
 

@@ -63,6 +63,7 @@ class Host:
         )
         group = make_group(made, next(self._serials), self.hosted, self.scheduler.pools, self._judges)
         group.owner = owner
+        owner.read += len(made.prompts[0])
         group.seed = group.seed if owner.seed is None else owner.seed
         (sequence,) = group.sequences
         self.scheduler.rest(sequence)
@@ -124,6 +125,7 @@ class Host:
         if same < len(stream.output):
             self._copy_blocks(self.scheduler.blocks.cut(track, same))
             stream.read = {mark: row for mark, row in stream.read.items() if mark < same}
+        stream.group.payer.read += len(ids) - same
         stream.output[same:] = ids[same:]
         stream.marks = [mark for mark in marks if mark not in stream.read]
         if stream.marks:

@@ -184,7 +184,7 @@ def _about_texts(error: ApiError, param: str) -> ApiError:
 
 
 def _answer(job: ScoreJob, report: SearchReport) -> dict[str, Any]:
-    computed = sum(tokens for _, tokens in report.scored) + report.generated
+    tokens = report.read + report.generated  # the latter are answers, fed to what tells their likelihood
     return {
         "id": job.request.id,
         "object": "list",
@@ -198,5 +198,10 @@ def _answer(job: ScoreJob, report: SearchReport) -> dict[str, Any]:
             }
             for i, each in enumerate(report.candidates)
         ],
-        "usage": {"prompt_tokens": computed, "completion_tokens": 0, "total_tokens": computed},
+        "usage": {
+            "prompt_tokens": tokens,
+            "completion_tokens": 0,
+            "total_tokens": tokens,
+            "prompt_tokens_details": {"cached_tokens": report.cached},
+        },
     }

@@ -20,8 +20,8 @@ router = APIRouter()
 
 
 def _entry(served: Served, name: str | None) -> Entry:
-    """The model behind a name."""
-    return served.catalog[served.resolve(name, None).model]
+    """The model behind a name; scorers have tokenizers too."""
+    return served.catalog[served.model_of(name)]
 
 
 @router.post("/tokenize", **documented(TokenizeBody, "Ids of a text or a conversation."))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from decoding import device_mix, device_process
+from decoding import device_mix, device_verify
 from decoding.core import Request
 from decoding.judge import JudgeHead
 from tests.decoding.test_device_path import Kernels, agree, other, said
@@ -35,7 +35,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
         return run
 
     monkeypatch.setattr(device_mix, "mix", counted("mixed", device_mix.mix))
-    monkeypatch.setattr(device_process, "mix", counted("processed", device_process.mix))
+    process = device_verify.process_on_device  # drafters' rows are processed elsewhere
+
+    def apart(z: torch.Tensor, rows: Sequence[int], *args: Any) -> None:
+        made["processed"].append(len(rows))
+        process(z, rows, *args)
+
+    monkeypatch.setattr(device_verify, "process_on_device", apart)
     return made
 
 

@@ -157,11 +157,14 @@ LAYOUTS: dict[str, tuple[str, dict[str, torch.Tensor], str]] = {
 }
 
 
+STEPS = ("Qwen2ForProcessRewardModel", "Qwen2ForPrmModel")
+
+
 @pytest.mark.parametrize("name", list(LAYOUTS))
 def test_published_layouts_are_backbone_and_head(tmp_path: Path, name: str) -> None:
     arch, heads, prefix = LAYOUTS[name]
     backbone = custom(tmp_path / "m", arch, name, heads, prefix, gating_temperature=2.0)
-    spec = ModelSpec("rm", str(tmp_path / "m"), kind="reward")
+    spec = ModelSpec("rm", str(tmp_path / "m"), kind="prm" if name in STEPS else "reward")
     for text, rows in zip(TEXTS, rows_in_chunks(spec, TEXTS)):
         with torch.no_grad():
             hidden = backbone(input_ids=torch.tensor([text])).last_hidden_state[0]
@@ -279,6 +282,31 @@ def test_a_classifier_is_no_causal_model_and_an_encoder_no_scorer(tmp_path: Path
         load_model(ModelSpec("bert", str(tmp_path / "bert"), kind="reward"))
 
 
+def test_a_classifier_of_another_kind_is_refused_by_name(tmp_path: Path) -> None:
+    """One number a token can be read as either; labels of tokens are no reward, many outputs no step's score."""
+
+    def load(path: str, kind: Any) -> Any:
+        return load_model(ModelSpec("m", str(tmp_path / path), kind=kind)).head
+
+    for auto, name in ((AutoModelForSequenceClassification, "seq"), (AutoModelForTokenClassification, "token")):
+        for labels in (1, 2, 5):
+            classifier(tmp_path / f"{name}{labels}", "llama", auto, num_labels=labels)
+    for path, kind in (("token1", "reward"), ("token2", "prm"), ("seq1", "prm"), ("seq2", "prm"), ("seq5", "reward")):
+        assert load(path, kind).outputs == int(path[-1])
+    sentence = "it is a LlamaForTokenClassification, which has a head that labels tokens .2 outputs.: its kind is prm, "
+    with pytest.raises(ModelLoadError, match=sentence + r"not reward\."):
+        load("token2", "reward")
+    sentence = "it is a LlamaForSequenceClassification, which has a head that scores whole texts .5 outputs.: its kind "
+    with pytest.raises(ModelLoadError, match=sentence + r"is reward, not prm\."):
+        load("seq5", "prm")
+    with pytest.raises(ModelLoadError, match=r"LlamaForTokenClassification, .*5 outputs.: .*prm has 1 or 2 outputs\."):
+        load("token5", "prm")
+    arch, heads, _ = LAYOUTS["Qwen2ForProcessRewardModel"]
+    custom(tmp_path / "steps", arch, "Qwen2ForProcessRewardModel", heads)
+    with pytest.raises(ModelLoadError, match=r"Qwen2ForProcessRewardModel, .*scores steps .*kind is prm, not reward\."):
+        load("steps", "reward")
+
+
 def test_the_self_check_compares_the_real_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head that says something else in packed batches (which have positions of their own) is not served."""
     classifier(tmp_path / "m", "llama", num_labels=1)
@@ -305,7 +333,8 @@ def test_the_self_check_asks_transformers_own_class(
 ) -> None:
     """A class that does more than decoder and head is not served without that."""
     kind = type(classifier(tmp_path / "m", arch, auto, num_labels=2))
-    spec, own = ModelSpec("rm", str(tmp_path / "m"), kind="reward"), kind.forward
+    scores = "reward" if auto is AutoModelForSequenceClassification else "prm"
+    spec, own = ModelSpec("rm", str(tmp_path / "m"), kind=scores), kind.forward
 
     def more(self: Any, *args: Any, **kwargs: Any) -> Any:
         made = own(self, *args, **kwargs)

@@ -93,7 +93,7 @@ def test_a_directory_is_loaded_and_checked(llama: Path) -> None:
         (AutoModel, "llama", {"tie_word_embeddings": True}, "LlamaModel, which has no head"),
     ],
 )
-@pytest.mark.parametrize("entry", [{}, {"kind": "causal"}, {"kind": "guard"}])
+@pytest.mark.parametrize("entry", [{}, {"kind": "causal"}, {"kind": "guard"}, {"kind": "self_eval"}])
 def test_what_is_no_language_model_is_refused_by_name(
     tmp_path: Path, auto: Any, arch: str, options: dict[str, Any], message: str, entry: dict[str, Any]
 ) -> None:
@@ -101,6 +101,8 @@ def test_what_is_no_language_model_is_refused_by_name(
     sentence = refused(tmp_path, **entry)
     assert re.search(message, sentence)
     assert "autoregressive reward model" in sentence
+    if "its kind is" in sentence:
+        assert f", not {entry.get('kind', 'causal')}." in sentence
 
 
 def test_encoders_and_other_heads_are_refused_by_name() -> None:
@@ -108,9 +110,12 @@ def test_encoders_and_other_heads_are_refused_by_name() -> None:
         config = AutoConfig.for_model("bert", architectures=[name])
         with pytest.raises(ModelLoadError, match=f"it is a {name}, which"):
             causal_class(config)
-    for name in ("Qwen2ForRewardModel", "Qwen2ForProcessRewardModel"):
-        with pytest.raises(ModelLoadError, match=f"it is a {name}, .* its kind is (reward|prm), not causal"):
-            causal_class(tiny_config("qwen2", architectures=[name]))
+    with pytest.raises(ModelLoadError, match=r"BertForSequenceClassification, which .*: no kind of entry serves it"):
+        causal_class(AutoConfig.for_model("bert", architectures=["BertForSequenceClassification"]))
+    heads = {"Qwen2ForRewardModel": "reward", "Qwen2ForProcessRewardModel": "prm", "Qwen2ForPrmModel": "prm"}
+    for name, kind in (heads | {"LlamaForRewardModelWithGating": "reward"}).items():
+        with pytest.raises(ModelLoadError, match=f"it is a {name}, .* its kind is {kind}, not guard"):
+            causal_class(tiny_config("qwen2", architectures=[name]), wanted="guard")
     for names in ([], None, ["LlamaForCausalLM"]):
         assert causal_class(tiny_config("llama", architectures=names)).__name__ == "LlamaForCausalLM"
 

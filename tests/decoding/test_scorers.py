@@ -366,7 +366,7 @@ def test_models_are_checked_at_the_start() -> None:
     wrong = ScorerModel("prm", TEXT, "prm", W, score_tokens=("good", "bad"))
     with pytest.raises(ModelLoadError, match="'good' is not a single token of 'm'"):
         check_model(wrong)
-    with pytest.raises(ModelLoadError, match="no classification head"):
+    with pytest.raises(ModelLoadError, match=r"'rm' is a causal language model .* its kind is causal, .* not reward\."):
         check_model(ScorerModel("rm", TEXT, "reward", W))
     with pytest.raises(EngineFailure, match="'good' is not"):
         make_scorer("prm", {"prm": wrong}, {}, "base")

@@ -15,6 +15,7 @@ from decoding.core import (
     BadRequest,
     EngineConfig,
     EngineFailure,
+    Overloaded,
     Policy,
     Program,
     Request,
@@ -132,6 +133,18 @@ def tokens_of(model: TableModel) -> int:
     return sum(len(span.token_ids) for spans in model.spans for span in spans)
 
 
+def test_a_search_is_queued_as_one_sequence(asked: Any) -> None:
+    def run(it: Search) -> Steps:
+        yield Run(it.root)
+        return one(it.root)
+
+    engine = make_engine(max_queue=1)
+    program = asked(run)
+    engine.submit(request_of(engine, program, n=3))
+    with pytest.raises(Overloaded):
+        engine.submit(request_of(engine, PLAIN, n=2))
+
+
 # -- what is computed -----------------------------------------------------------------------------------------------
 
 
@@ -177,6 +190,29 @@ def test_a_scorer_reads_each_token_and_marker_once(asked: Any) -> None:
     assert dict(usage.search.scored) == {"prm": own + 3 * len(PROMPT)}
     assert tokens_of(prm) == own + 3 * len(PROMPT)
     assert rows_of(prm) == 4 * 3
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_what_texts_for_scorers_have_is_told_apart_from_the_prompt(asked: Any, cached: bool) -> None:
+    """Their length is the same whatever the cache holds, and what it held of them is not of the request's prompt."""
+    text = Hypothesis("the text that is read", ("one step", "and two"), True)
+
+    def run(it: Search) -> Steps:
+        yield Judge(text, "prm")
+        other = yield Open("another prompt", None, SAMPLED)
+        yield [Feed(other, "fed", logprobs=True), Run(it.root)]
+        yield Score(other, "prm")
+        return one(it.root)
+
+    engine = make_engine(prefix_cache=cached)
+    tokens = (21 + 9 + 8) + 14 + (14 + 4)  # the text with its markers, a prompt, that prompt as a scorer reads it
+    first, again = (usage_of(engine, asked(run)) for _ in range(2))
+    assert first.search is not None
+    assert again.search is not None
+    assert first.search.read == again.search.read == tokens
+    assert (first.cached_tokens, first.search.cached) == (0, 0)
+    assert again.cached_tokens == (20 if cached else 0)
+    assert again.search.cached == (28 + 12 + 16 if cached else 0)
 
 
 @pytest.mark.parametrize("cached", [True, False])

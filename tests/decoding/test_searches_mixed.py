@@ -130,9 +130,9 @@ def searched(plan: Plan) -> tuple[int, int, bool]:
 
 
 def ticks(
-    monkeypatch: pytest.MonkeyPatch, searches: list[Program], length: int
+    monkeypatch: pytest.MonkeyPatch, searches: list[Program], length: int, streams: int = 1
 ) -> list[tuple[int, int, bool, list[str]]]:
-    """`searched` of every tick, and whose hypotheses got the rows: a stream of 40 tokens beside `searches`."""
+    """`searched` of every tick, and whose hypotheses got the rows: streams of 40 tokens beside `searches`."""
     engine = make_engine(8192, max_search_tokens=6)
     found: list[tuple[int, int, bool, list[str]]] = []
     make = engine.scheduler.plan
@@ -143,11 +143,12 @@ def ticks(
         return made
 
     monkeypatch.setattr(engine.scheduler, "plan", plan)
-    for i, program in enumerate([PLAIN, *searches]):
-        sampling = Sampling(max_tokens=length if i else 40, ignore_eos=True, seed=i)
+    for i, program in enumerate([*[PLAIN] * streams, *searches]):
+        sampling = Sampling(max_tokens=40 if i < streams else length, ignore_eos=True, seed=i)
         engine.submit(replace(prepare(program, f"prompt {i}", sampling, engine.catalog()), id=f"{i}"))
     drain(engine)
-    assert sum(others for _, _, others, _ in found) == 40  # the stream gets a row in every tick
+    together = 40 + (streams > 1)  # they wait a tick for the prefix that they share
+    assert sum(others for _, _, others, _ in found) == together  # streams get a row in every tick
     return found
 
 
@@ -161,11 +162,18 @@ def test_hypotheses_take_turns_where_others_stream(monkeypatch: pytest.MonkeyPat
     assert max(rows for rows, _, others, _ in found if not others) == 18  # there is no bound when they are alone
 
 
+def test_searches_may_take_as_much_as_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = ticks(monkeypatch, [searching("best_of_n", "base", n=6, vote="majority")] * 3, 20, streams=10)
+    assert max(rows for rows, _, others, _ in found if others) == 10
+
+
 def test_scorers_read_on_beside_hypotheses_where_others_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     beams = [searching("beam", "base", n=4, width=2, max_steps=8, **GROWN)] * 4
-    beside = [(rows, read) for rows, read, others, _ in ticks(monkeypatch, beams, 32) if others]
+    found = ticks(monkeypatch, beams, 32)
+    beside = [(rows, read) for rows, read, others, _ in found if others]
     assert max(rows + read for rows, read in beside) == 6
     assert max(rows for rows, read in beside if read) == 3
+    assert max(rows for rows, _, others, _ in found if not others) == 16
 
 
 @pytest.mark.parametrize("share", [1, 8])

@@ -12,8 +12,10 @@ from typing import Any
 import httpx
 import pytest
 
+from decoding.text import TextModel
 from server.bridge import Bridge, launch_thread
 from server.config import Config
+from server.engine_process import EngineFactory
 from server.start import Server, _uvicorn_config, build_app
 from tests.server.fake_engine import MODELS, fake_engine, text_models
 
@@ -67,10 +69,12 @@ def ask() -> Ask:
 
 
 class Live:
-    """A server on a real socket, in a thread."""
+    """A server on a real socket, in a thread. factory, texts: of its engine, which is a fake by default."""
 
-    def __init__(self, **settings: Any) -> None:
-        self.config = make_config(**settings)
+    def __init__(
+        self, factory: EngineFactory = fake_engine, texts: dict[str, TextModel] = TEXTS, **settings: Any
+    ) -> None:
+        self.config, self._factory, self._texts = make_config(**settings), factory, texts
         self.announced = False
         self._started = threading.Event()
         self.thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="live server")
@@ -78,9 +82,9 @@ class Live:
     async def _run(self) -> None:
         listener = socket.create_server(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]
-        self.bridge = Bridge(fake_engine, max_sequences=self.config.max_queue, launch=launch_thread)
+        self.bridge = Bridge(self._factory, max_sequences=self.config.max_queue, launch=launch_thread)
         await self.bridge.start()
-        app = build_app(self.config, self.bridge, TEXTS)
+        app = build_app(self.config, self.bridge, self._texts)
         options = _uvicorn_config(app, self.config)
         self.server = Server(options, self.bridge, self.config.shutdown_timeout, self._listens)
         self.server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]

@@ -219,7 +219,7 @@ def searched(request: Request, late: bool = False) -> SearchReport:
     reason = f"It ended {'late' if late else 'early'}."
     exhausted = "max_total_tokens" if plan.max_total_tokens else None
     shown = shown if plan.candidates else ()
-    return SearchReport(plan.kind, reason, exhausted, 3, 40, (("expert", 12),), shown, details)
+    return SearchReport(plan.kind, reason, exhausted, 3, 40, (("expert", 12),), shown, details, 14, 2)
 
 
 def _logprob(token: int, k: int) -> TokenLogprob:

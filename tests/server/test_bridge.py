@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from decoding.core import BadRequest, EngineFailure, ModelLoadError, ModelSpec, Overloaded, Sampling
+from decoding.core import BadRequest, EngineFailure, ModelLoadError, ModelSpec, Overloaded, Sampling, SearchPlan
 from decoding.core import Request as EngineRequest
 from decoding.prepare import Entry, prepare
 from decoding.strategies import STRATEGIES
@@ -128,6 +129,22 @@ def test_the_queue_is_bounded_in_sequences() -> None:
         assert bridge.sequences == 0
 
     with_bridge(test, max_sequences=4)
+
+
+def test_a_search_counts_as_its_root() -> None:
+    """Its n is how many answers are told, not what is queued."""
+
+    async def test(bridge: Bridge) -> None:
+        plain = request(bridge, "[wait]", n=3)
+        search = replace(plain, program=replace(plain.program, search=SearchPlan("guess", None)))
+        held = bridge.submit([search, replace(search, id="other")])
+        assert bridge.sequences == 2
+        with pytest.raises(Overloaded, match=r"queue is full \(2 sequences\)"):
+            bridge.submit([replace(search, id="third")])
+        assert held.close()
+        assert bridge.sequences == 0
+
+    with_bridge(test, max_sequences=2)
 
 
 def test_several_requests_share_a_channel() -> None:

@@ -164,3 +164,39 @@ def test_the_kernels_cache_is_no_setting(caplog: pytest.LogCaptureFixture) -> No
     load(environment={"TRIMTAB_CACHE": "/x", "TRIMTAB_PROT": "1"})
     assert "TRIMTAB_PROT" in caplog.text
     assert "TRIMTAB_CACHE" not in caplog.text
+
+
+JUDGED = """
+models:
+  a: {path: x}
+  b: {path: y}
+  tuned: {path: z, kind: adapter, of: a}
+  j: {path: w, kind: judge, of: a}
+presets:
+  p: {model: %s, decoding: {%sspeculation: {draft: ngram, accept: judge}}}
+defaults: {model: p}
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "policy", "lacking"),
+    [("b", "", "b"), ("tuned", "", "tuned"), ("a", "policy: {terms: [{model: b}, {model: a}]}, ", "b")],
+)
+def test_a_preset_that_wants_a_judge_needs_its_head(tmp_path: Path, model: str, policy: str, lacking: str) -> None:
+    """Its head is that of the first model of its policy; an adapter has none."""
+    path = tmp_path / "judged.yaml"
+    path.write_text(JUDGED % (model, policy))
+    message = rf"presets\.p\.decoding\.speculation\.accept: 'judge' .* of '{lacking}'.* Models that have one: a\."
+    with pytest.raises(ConfigError, match=message):
+        load(file=str(path))
+    path.write_text((JUDGED % (model, policy)).replace("kind: judge", "kind: adapter"))
+    with pytest.raises(ConfigError, match="Models that have one: none"):
+        load(file=str(path))
+
+
+@pytest.mark.parametrize("policy", ["", "policy: {terms: [{}, {model: b}]}, ", "policy: 5, ", "policy: {terms: [5]}, "])
+def test_a_preset_whose_judge_is_there_is_taken(tmp_path: Path, policy: str) -> None:
+    """What else is wrong with it is said where presets are resolved."""
+    path = tmp_path / "judged.yaml"
+    path.write_text(JUDGED % ("a", policy))
+    assert load(file=str(path)).default_model == "p"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,10 +22,15 @@ import openai
 import pytest
 from rich.console import Console
 
+from decoding.engine import Engine
+from decoding.text import TextModel
 from server import start
 from server.bridge import launch_thread
+from tests.fakes import byte_tokenizer
 from tests.server.conftest import TEXTS, Live, make_config
 from tests.server.fake_engine import ANSWER, fake_engine
+from tests.server.tables import MODELS as KINDS
+from tests.server.tables import make_engine
 from tests.server.test_errors import CHAT, HI, TEXT, X, error_of
 
 Start = Callable[..., Live]
@@ -128,6 +135,63 @@ def test_a_client_that_leaves_before_the_answer_aborts_it(live: Start, stream: b
             until(lambda: server.bridge.sequences == 0)
     until(lambda: server.bridge.sequences == 0)
     assert httpx.post(server.url + TEXT, json=X).status_code == 200
+
+
+class Held:
+    """Makes a real engine over tables whose forwards wait: `begun` is set by the first one, `go` lets them on."""
+
+    def __init__(self) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+        self.engine: Engine
+
+    def __call__(self) -> Engine:
+        self.engine = make_engine()
+        for runner in self.engine.runners.values():
+            runner.forward = functools.partial(self._wait, runner.forward)  # type: ignore[method-assign]
+        return self.engine
+
+    def _wait(self, forward: Callable[..., Any], *args: Any) -> Any:
+        self.begun.set()
+        assert self.go.wait(20)
+        return forward(*args)
+
+    def check_idle(self) -> None:
+        """Nothing runs or waits, and no block is held."""
+        scheduler = self.engine.scheduler
+        assert not self.engine.has_work()
+        assert not [*scheduler.running, *scheduler.waiting, *scheduler.resting]
+        self.engine.check()
+        assert all(pool.available == pool.num_blocks for pool in self.engine.pools.values())
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("body", [{"model": "prm"}, {"model": "base", "scorer": {"rule": "likelihood"}}])
+def test_a_client_that_leaves_before_its_scores_aborts_them(live: Start, body: dict[str, Any], half: bool) -> None:
+    """It leaves during the first tick of many: the engine reads no further, and keeps nothing of the texts."""
+    held = Held()
+    texts = {id: TextModel(id, byte_tokenizer()) for id in KINDS}
+    models = {id: {"path": f"/{id}", "kind": kind} for id, kind in KINDS.items()}
+    server = live(factory=held, texts=texts, models=models, presets={}, defaults={"model": "base"})
+    pairs = [{"prompt": f"{i} is a number", "response": "of many letters " * 20} for i in range(100)]
+    content = json.dumps(body | {"input": pairs}).encode()
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        head = b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(content)
+        client.sendall(head + content)
+        assert held.begun.wait(20)
+        assert server.bridge.sequences == 1
+        if half:
+            client.shutdown(socket.SHUT_WR)
+            until(lambda: server.bridge.sequences == 0)
+    until(lambda: server.bridge.sequences == 0)
+    held.go.set()
+    until(lambda: server.bridge.stats is not None and server.bridge.stats.aborts == 1)
+    held.check_idle()
+    runner: Any = held.engine.runners[body["model"]]
+    assert sum(len(span.token_ids) for spans in runner.spans for span in spans) < 100 * 320 / 2
+    counted = f'trimtab_requests_total{{model="{body["model"]}",outcome="abort",strategy="score"}} 1.0'
+    assert counted in httpx.get(server.url + "/metrics").text
+    again = httpx.post(server.url + "/v1/score", json=body | {"input": pairs[:2]}, timeout=60)
+    assert len(again.json()["data"]) == 2
 
 
 @pytest.mark.parametrize("ending", [socket.SHUT_WR, socket.SHUT_RDWR])

@@ -243,6 +243,20 @@ def test_tokenize_and_back(ask: Ask) -> None:
     assert "generation_prompt" in info["chat_template"]
 
 
+@pytest.mark.parametrize("kind", ["reward", "prm", "guard", "self_eval"])
+def test_a_scorers_tokenizer_is_asked_as_any_other(ask: Ask, odd_expert: Callable[..., None], kind: str) -> None:
+    odd_expert(kind=kind)
+    asked: dict[str, Any] = {"presets": {}, "defaults": {"model": "expert"}}
+    for named in ({"model": "expert"}, {}):
+        made = ask("/tokenize", {"prompt": "hello world"} | named, **asked).json()
+        assert (made["tokens"], made["count"]) == (TEXTS["expert"].encode("hello world"), len(made["tokens"]))
+        back = ask("/detokenize", {"tokens": made["tokens"]} | named, **asked)
+        assert back.json()["prompt"].endswith("hello world")
+    assert ask("/tokenizer_info?model=expert", **asked).json()["eos_token"] == "</s>"
+    for path, body in (("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [1]})):
+        assert error_of(ask(path, body | {"model": "gpt-9"}, **asked), 404)["code"] == "model_not_found"
+
+
 def test_health_and_version(ask: Ask) -> None:
     assert ask("/health").json() == {"status": "ok"}
     assert ask("/ready").json() == {"status": "ready"}

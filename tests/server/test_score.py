@@ -130,3 +130,30 @@ def test_nothing_but_the_scorer_is_run_for_scores() -> None:
     assert 'trimtab_forwards_total{model="base"} 0.0' in text
     assert 'trimtab_forwards_total{model="prm"} 1.0' in text
     assert 'trimtab_requests_total{model="prm",outcome="ok",strategy="score"} 1.0' in text
+
+
+PAIR = {"prompt": "A question of words", "response": "one\n\ntwo\n\n"}  # 19, 5 and 5 tokens; the PRM adds 2
+
+
+@pytest.mark.parametrize(
+    ("scorer", "tokens", "held"),
+    [
+        ({"model": "prm"}, 31, 24),  # all blocks of 4 before the first marker
+        ({"model": "base", "scorer": LIKELIHOOD}, 29, 16),  # before the last token of the prompt
+        ({"model": "base", "scorer": {"parts": [LIKELIHOOD, {"rule": "mean_likelihood"}]}}, 29, 16),
+        ({"model": "base", "scorer": {"parts": [{"model": "prm"}, {"model": "prm"}]}}, 62, 48),
+        ({"model": "prm", "scorer": {"rule": "length"}}, 0, 0),
+    ],
+)
+def test_usage_counts_texts_whatever_the_cache_holds(scorer: dict[str, Any], tokens: int, held: int) -> None:
+    async def run() -> list[dict[str, Any]]:
+        async with client_of() as client:
+            body = {"input": [PAIR]} | scorer
+            return [(await client.post(SCORE, json=body)).json()["usage"] for _ in range(3)]
+
+    first, *others = asyncio.run(run())
+    totals = {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
+    assert others == [totals | {"prompt_tokens_details": {"cached_tokens": held}}] * 2
+    cached = first.pop("prompt_tokens_details")["cached_tokens"]
+    assert first == totals
+    assert cached <= held / 2, "of one text that is read twice, half at most"

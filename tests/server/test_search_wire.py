@@ -118,6 +118,14 @@ def test_a_whole_answer_to_the_letter(ask: Ask) -> None:
     }
 
 
+def test_a_search_takes_one_place_in_the_queue(ask: Ask) -> None:
+    full = {"max_queue": 1, "max_num_seqs": 1}
+    answer = ask(TEXT, X | {"n": 3} | searching(), **full).json()
+    assert len(answer["choices"]) == 3
+    refused = ask(TEXT, X | {"n": 3, "prompt": ["x", "y"]} | searching(), **full)
+    assert "at most 1 sequences" in error_of(refused)["message"]
+
+
 def test_a_stream_to_the_letter(ask: Ask) -> None:
     body = HI | {"model": "base", "stream": True, "stream_options": {"include_usage": True}} | searching(progress=True)
     frames = chunks(ask(CHAT, body))
@@ -326,6 +334,7 @@ def test_scores_to_the_letter(ask: Ask) -> None:
     answer = ask("/v1/score", body).json()
     assert answer.pop("id").startswith("score-")
     scored = {"object": "score", "score": 0.5, "scores": [0.5]}
-    usage = {"prompt_tokens": 52, "completion_tokens": 0, "total_tokens": 52}
+    usage: dict[str, Any] = {"prompt_tokens": 54, "completion_tokens": 0, "total_tokens": 54}
+    usage["prompt_tokens_details"] = {"cached_tokens": 2}
     data = [{"index": i} | scored for i in (0, 1)]
     assert answer == {"object": "list", "model": "expert", "data": data, "usage": usage}
