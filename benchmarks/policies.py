@@ -18,8 +18,9 @@ from rich.table import Table
 from decoding.core import Policy, Program, Request, Role, Sampling, Term
 from decoding.hosting import Rows
 from decoding.mix import mix
+from decoding.plan import Sample
 from decoding.sampling import verify
-from decoding.state import Group, Sample, Sequence, Track
+from decoding.state import Group, Sequence, Track
 from decoding.strategies import STRATEGIES
 
 NAMES = ("base", "expert", "anti", "other")

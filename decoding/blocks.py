@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 
 from decoding.kv import BlockPool, chain_key
-from decoding.state import Group, Plan, Sequence, Span, Track
+from decoding.plan import Plan, Span
+from decoding.state import Group, Sequence, Track
 
 Copy = tuple[str, int, int]  # (model, source block, target block): to be done before the next forward
 

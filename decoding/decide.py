@@ -16,8 +16,9 @@ from decoding.events import TokenLogprob
 from decoding.hosting import Rows
 from decoding.judge import JudgeHead
 from decoding.mix import Mixed, mix
+from decoding.plan import Sample
 from decoding.sampling import Drawn, Position, hard_mask, processes, reported
-from decoding.state import Group, Sample, Sequence, Told
+from decoding.state import Group, Sequence, Told
 from decoding.tell import score_fed, score_prompts, tell_goals
 from decoding.text import TextModel
 from decoding.trace import Chosen, trace

@@ -9,8 +9,9 @@ import torch
 from decoding.device_logprobs import LogProbs
 from decoding.download import Download
 from decoding.events import TokenLogprob
+from decoding.plan import Sample
 from decoding.sampling import Position, hard_mask
-from decoding.state import Goal, Group, Sample, Sequence, Told
+from decoding.state import Goal, Group, Sequence, Told
 from decoding.tell import Asked, fed_asked, goals_asked, possible, prompts_asked
 from decoding.upload import upload
 from triton_kernels.row_stats import row_stats

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from decoding.blocks import Blocks
-from decoding.state import Draft, Plan, Sample, Sequence, Span
+from decoding.plan import Plan, Sample, Span
+from decoding.state import Draft, Sequence
 
 CATCH_UP = 32  # positions that a drafter may compute in the forward of its first draft
 

@@ -57,6 +57,7 @@ from decoding.generate import Completion, collect
 from decoding.hosting import Rows
 from decoding.judge import JudgeHead
 from decoding.pace import Clock, Pace
+from decoding.plan import Plan, Sample
 from decoding.prepare import Entry, prepare
 from decoding.propose import Proposer
 from decoding.sampling import Drawn, Position, hard_mask
@@ -66,7 +67,7 @@ from decoding.search import known_searches
 from decoding.search.desk import Desk
 from decoding.search.host import Host
 from decoding.served import Served
-from decoding.state import Group, Plan, Sample, Sequence
+from decoding.state import Group, Sequence
 from decoding.streams import use_device
 from decoding.text import Chat, Prompt, TextModel
 

@@ -12,8 +12,9 @@ from decoding.events import ModelStats
 from decoding.hosting import ModelRunner, Rows, SpanInput
 from decoding.kv import BlockPool
 from decoding.pace import Clock
+from decoding.plan import Plan, Span
 from decoding.scheduler import Scheduler
-from decoding.state import Group, Plan, Span, Stream
+from decoding.state import Group, Stream
 from decoding.streams import Streams, Timer
 
 logger = logging.getLogger("trimtab.engine")

@@ -18,8 +18,8 @@ from decoding.combine import Gating, KernelRows, TorchRows, rows_together
 from decoding.core import Policy, Solver
 from decoding.download import Download
 from decoding.hosting import Rows
+from decoding.plan import Sample
 from decoding.sampling import Position
-from decoding.state import Sample
 from decoding.truncate import cut_below
 from decoding.upload import uploaded
 

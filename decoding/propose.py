@@ -17,8 +17,9 @@ import torch
 from decoding.choose import choose, draft_of
 from decoding.hosting import Rows, SpanInput
 from decoding.pace import Clock, Pace
+from decoding.plan import Plan
 from decoding.sampling import Position, hard_mask
-from decoding.state import Draft, Group, Plan, Sequence
+from decoding.state import Draft, Group, Sequence
 
 logger = logging.getLogger("trimtab.engine")
 

@@ -19,7 +19,8 @@ from decoding.blocks import Blocks, Copy
 from decoding.core import EngineConfig
 from decoding.draftroom import DraftRoom
 from decoding.kv import BlockPool
-from decoding.state import Group, Plan, Sample, Sequence, Span, Stream, Track
+from decoding.plan import Plan, Sample, Span
+from decoding.state import Group, Sequence, Stream, Track
 
 PAUSE = 64  # ticks that a drafter rests after its memory was needed elsewhere
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from decoding.events import TokenLogprob
+from decoding.plan import Sample
 from decoding.sampling import Position, hard_mask, token_logprobs
-from decoding.state import Goal, Group, Sample, Sequence, Told
+from decoding.state import Goal, Group, Sequence, Told
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import torch
 from decoding.download import Download, Later
 from decoding.events import RoleTrace, TokenTrace
 from decoding.hosting import Rows
-from decoding.state import Sample
+from decoding.plan import Sample
 from decoding.upload import uploaded
 
 

@@ -7,11 +7,12 @@ from concurrent.futures import wait
 
 from decoding.events import Delta, SearchReport
 from decoding.hosting import Rows
+from decoding.plan import Span
 from decoding.search.conclude import conclude
 from decoding.search.driver import Driver, Emit
 from decoding.search.host import Host
 from decoding.search.spec import SearchKind
-from decoding.state import Group, Sequence, Span, Stream
+from decoding.state import Group, Sequence, Stream
 
 POLL = 0.002  # seconds that a tick with nothing to compute waits for remote scorers
 

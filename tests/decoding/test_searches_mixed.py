@@ -11,11 +11,12 @@ from decoding.admit import Hosted
 from decoding.core import EngineConfig, ModelSpec, Program, Request, Sampling
 from decoding.engine import Engine
 from decoding.events import Delta, Done, Event, Failed
+from decoding.plan import Plan
 from decoding.prepare import prepare
 from decoding.scorers.spec import ScorerParams
 from decoding.search import SEARCHES, searching
 from decoding.search.cascade import Reference
-from decoding.state import Plan, Stream
+from decoding.state import Stream
 from decoding.text import TextModel
 from tests.decoding.test_search_engine import PLAIN
 from tests.fakes import TableModel, byte_tokenizer, random_table
