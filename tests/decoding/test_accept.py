@@ -112,7 +112,7 @@ def first_two(found: list[list[Drawn]], sampling: Sampling) -> float:
     return worst
 
 
-MANY = 20_000
+MANY = 8_000
 
 
 @pytest.mark.parametrize("count", [MANY, pytest.param(100_000, marks=pytest.mark.slow)])
@@ -156,7 +156,7 @@ def test_a_shared_noise_lane_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         return key(self, Lane.DRAFT if lane is Lane.RESIDUAL else lane)
 
     monkeypatch.setattr(Position, "key", shared)
-    assert first_two(passes(replace(WARM, seed=3), "rejection", MANY), WARM) < 1e-6
+    assert first_two(passes(replace(WARM, seed=3), "rejection", 20_000), WARM) < 1e-6
 
 
 def test_acceptance_rates_are_their_closed_forms() -> None:

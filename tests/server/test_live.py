@@ -231,7 +231,8 @@ def test_a_full_queue_is_a_503_with_retry_after(live: Start) -> None:
 
 def test_a_signal_drains(live: Start) -> None:
     server = live()
-    with httpx.stream("POST", server.url + TEXT, json=X | {"prompt": "x [slow]", "stream": True}) as response:
+    long = X | {"prompt": "x [slow]", "stream": True, "ignore_eos": True, "max_tokens": 110}  # a second
+    with httpx.stream("POST", server.url + TEXT, json=long) as response:
         pieces = response.iter_text()
         first = next(pieces)
         server.signal()
