@@ -113,7 +113,7 @@ class Blocks:
             track.blocks.append(pool.share(block))
             track.num_computed += size
             track.published = len(track.blocks)
-            if track in sequence.tracks and sequence.begins and not sequence.group.payer.preemptions:
+            if track in sequence.tracks and sequence.begins and not sequence.recomputes:
                 _count_hit(sequence.group, size)
         return False
 

@@ -369,9 +369,9 @@ class EngineConfig:
 
     `compile_from`: a model with fewer parameters is not compiled and starts at once, for half a millisecond a tick.
     `adapters`: some may be loaded while it serves, which `warm_up` then prepares for.
-    `max_search_tokens`: what hypotheses of searches and their scorers may take of a tick in which other requests wait
-    for their next token, in units of the dearest model's tokens; or as much as these take, if that is more. None: 32
-    on a CPU, 512 on a GPU.
+    `max_search_tokens`: what tokens that searches draw or try, and texts that scorers read, may take of a tick in
+    which other requests wait for their next token, in units of the dearest model's tokens; or as much as these take,
+    if that is more. None: 32 on a CPU, 512 on a GPU.
 
     `kernels`: what mixes and samples: "triton", "reference" (the kernels' specifications), "host", by default "triton"
     on CUDA and "host" elsewhere. `side_streams`: on CUDA, the models of a tick run beside each other.

@@ -155,7 +155,7 @@ class Scheduler:
                 self._schedule(sequence, plan)
         plan.tokens = max(plan.tokens, float(self.config.block_size))  # decoding never starves prefill altogether
         plan.search = max(plan.search, 0.0) + kept
-        for sequence in sorted(behind, key=lambda s: s.order):
+        for sequence in self._by_turns(behind) if others else sorted(behind, key=lambda s: s.order):
             if sequence.running:
                 self._schedule(sequence, plan)
         if not drafts:
@@ -210,6 +210,14 @@ class Scheduler:
             ranked.append((turn[group], group.last_tick, group.serial, sequence))
         ranked.sort(key=lambda entry: entry[:3])
         return [entry[3] for entry in ranked]
+
+    @staticmethod
+    def _by_turns(behind: list[Sequence]) -> list[Sequence]:
+        """Oldest first, but scorers' texts, whose budget does not reach for all, those of the least served request."""
+        streams = [sequence for sequence in behind if isinstance(sequence, Stream)]
+        turns = iter(sorted(streams, key=lambda s: (s.group.payer.last_tick, s.order)))
+        ranked = sorted(behind, key=lambda s: s.order)
+        return [next(turns) if isinstance(sequence, Stream) else sequence for sequence in ranked]
 
     def _cost(self, sequence: Sequence) -> float:
         """Of one row of it, in tokens of the dearest model."""
@@ -347,6 +355,7 @@ class Scheduler:
         for each in self._idle(keep):
             if any(track.blocks and track.model in models for track in each.all_tracks):
                 self.blocks.free(each)
+                each.recomputes = True
                 return True
         return False
 
@@ -373,6 +382,7 @@ class Scheduler:
         """Back to the queue without blocks; what it had computed is recomputed, or hit in the prefix cache."""
         self.running.remove(sequence)
         sequence.running = False
+        sequence.recomputes = True
         self.blocks.free(sequence)
         self.add(sequence)
         self.preemptions += 1

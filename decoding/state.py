@@ -162,6 +162,7 @@ class Sequence:
     constraint: Constraint | None = None
     running: bool = False
     finished: bool = False
+    recomputes: bool = False  # its blocks were taken from it: what the prefix cache holds of it may be its own
     last_tick: int = -1
 
     @property

@@ -6,6 +6,7 @@ other models are held whole. `training.losses` says what the losses are.
 
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 from rich.console import Console
@@ -48,7 +49,7 @@ class Loss:
 
     def behind(self, hidden: Tensor, head: Head, target: Tensor | TargetHead) -> Tensor:
         """Its mean over the rows of hidden [n, hidden]; target: logits [n, vocab], or what they are made of."""
-        if not on_kernel(hidden, None):
+        if not on_kernel(hidden, None) or find_spec("triton") is None:
             return chunked_distill_loss(
                 hidden, *head, target, self.kind, per_position=self.per_position, decay=self.decay
             )
@@ -72,14 +73,16 @@ def distillation(target: nn.Module, drafter: nn.Module, loss: Loss, console: Con
         mask = targets[:, 1:]  # [batch, length - 1]: position t predicts token t + 1
         with torch.no_grad():
             p = _head_rows(target, ids, mask) if plain["target"] else _logit_rows(target, ids, mask)
+            if isinstance(p, TargetHead) and not plain["drafter"]:
+                p = p.logits()
         if plain["drafter"]:
             q = _head_rows(model, ids, mask)
             p, head = _aligned(p, Head(q.weight, q.bias))
             return loss.behind(q.hidden, head, p)
+        assert isinstance(p, Tensor)
         drafted = _logit_rows(model, ids, mask)
-        wanted = p.logits() if isinstance(p, TargetHead) else p
-        width = min(wanted.shape[1], drafted.shape[1])
-        rows = loss.of_logits(wanted[:, :width], drafted[:, :width])  # [n]
+        width = min(p.shape[1], drafted.shape[1])
+        rows = loss.of_logits(p[:, :width], drafted[:, :width])  # [n]
         return rows.sum() / mask.sum().clamp(min=1)
 
     return objective

@@ -5,6 +5,9 @@ whose draft is refused ends the step, else the bonus row does; that row draws th
 where it refused (speculative sampling: Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318). A
 sequence without drafts is one bonus row: plain sampling. What is accepted is the caller's to say.
 
+`sample_verify` is all of it for a rule that needs p of the drafts only; the engine, whose rules look at more, calls the
+parts.
+
 Launches: 4: `cutoffs`, which gives p of the drafts, `verify`, and the 2 of `draw`; the caller's rule runs between the
 first two. Bytes: z is read as often as `cutoffs` says, and once more for each sequence's last row.
 """
