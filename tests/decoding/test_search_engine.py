@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from decoding import search
+from decoding.blocks import Blocks
 from decoding.core import (
     BadRequest,
     EngineConfig,
@@ -47,6 +48,7 @@ from decoding.search.verbs import (
     Top,
     Until,
 )
+from decoding.state import Sequence, Stream
 from decoding.strategies import STRATEGIES
 from tests.fakes import EOS, TableModel, random_table, table_engine
 
@@ -213,6 +215,34 @@ def test_what_texts_for_scorers_have_is_told_apart_from_the_prompt(asked: Any, c
     assert (first.cached_tokens, first.search.cached) == (0, 0)
     assert again.cached_tokens == (20 if cached else 0)
     assert again.search.cached == (28 + 12 + 16 if cached else 0)
+
+
+def test_hits_count_as_long_as_their_own_text_was_not_preempted(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = Hypothesis("the text that is read", ("one step", "and two"), True)
+    engine = make_engine()
+
+    def run(it: Search) -> Steps:
+        yield Judge(text, "prm")
+        return one(it.root)
+
+    def cached() -> int:
+        usage = usage_of(engine, asked(run))
+        assert usage.search is not None
+        return usage.search.cached
+
+    assert [cached(), cached()] == [0, 28]
+    hit = Blocks.hit_prefix
+
+    def hidden(self: Blocks, sequence: Sequence, *rest: Any) -> bool:
+        sequence.recomputes = isinstance(sequence, Stream) and mine
+        sequence.group.payer.preemptions = 1  # another text of the request has been
+        return hit(self, sequence, *rest)
+
+    monkeypatch.setattr(Blocks, "hit_prefix", hidden)
+    mine = False
+    assert cached() == 28
+    mine = True
+    assert cached() == 0
 
 
 @pytest.mark.parametrize("cached", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -175,6 +176,27 @@ def test_scorers_read_on_beside_hypotheses_where_others_stream(monkeypatch: pyte
     assert max(rows + read for rows, read in beside) == 6
     assert max(rows for rows, read in beside if read) == 3
     assert max(rows for rows, _, others, _ in found if not others) == 16
+
+
+def test_scorers_of_several_requests_read_by_turns_where_others_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(8192, max_search_tokens=6)
+    readers: list[str] = []
+    make = engine.scheduler.plan
+
+    def plan(drafts: bool = True) -> Plan:
+        made = make(drafts)
+        spans = [span.sequence for spans in made.spans.values() for span in spans]
+        readers.extend(s.group.payer.request.id for s in spans if isinstance(s, Stream))
+        return made
+
+    monkeypatch.setattr(engine.scheduler, "plan", plan)
+    search = searching("best_of_n", "base", n=4, scorer="prm")
+    for i, program in enumerate([PLAIN, search, search]):
+        sampling = Sampling(max_tokens=12 if i else 200, ignore_eos=True, seed=i)
+        engine.submit(replace(prepare(program, f"prompt {i}", sampling, engine.catalog()), id=f"{i}"))
+    drain(engine)
+    changes = sum(a != b for a, b in pairwise(readers))
+    assert changes > 10, readers
 
 
 @pytest.mark.parametrize("share", [1, 8])
