@@ -135,7 +135,7 @@ def drafting(rng: random.Random, program: Program) -> Program:
     return replace(program, speculation=rng.choice(choices))
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", [*range(15), *(pytest.param(s, marks=pytest.mark.slow) for s in range(15, 40))])
 def test_any_life_of_searches(asked: Any, seed: int) -> None:
     rng = random.Random(seed)
     engine = make_engine(

@@ -76,6 +76,7 @@ def texts(told: dict[tuple[str, int], list[Any]]) -> dict[tuple[str, int], list[
     return {key: entry[0] for key, entry in told.items()}
 
 
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("accept", ["rejection", "coupled"])
 @pytest.mark.parametrize(
     ("draft", "tokens"),
@@ -91,8 +92,8 @@ def texts(told: dict[tuple[str, int], list[Any]]) -> dict[tuple[str, int], list[
         ("near", "auto"),
     ],
 )
-def test_greedy_texts_are_those_without_drafts(draft: str, tokens: Any, accept: str) -> None:
-    made = requests(ALL, max_tokens=20)
+def test_greedy_texts_are_those_without_drafts(draft: str, tokens: Any, accept: str, every: int) -> None:
+    made = requests(ALL[::every], max_tokens=20)
     wanted, _ = play(table_engine(fakes(), CONFIG), made)
     got, done = play(table_engine(fakes(), CONFIG), drafting(made, draft, tokens, accept))
     assert texts(got) == texts(wanted)
@@ -105,16 +106,17 @@ def test_greedy_texts_are_those_without_drafts(draft: str, tokens: Any, accept: 
         assert usage.passes < usage.completion_tokens / 3
 
 
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("draft", ["twin", "near", "far", "expert", "ngram"])
 @pytest.mark.parametrize("changes", [{}, {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "top_k": 40}])
-def test_coupled_gives_a_seeds_text_whatever_drafts(draft: str, changes: dict[str, Any]) -> None:
+def test_coupled_gives_a_seeds_text_whatever_drafts(draft: str, changes: dict[str, Any], every: int) -> None:
     """T = 1, top-p 0.9, penalties: token-identical to no speculation."""
-    made = requests(ALL, max_tokens=20, temperature=1.0, top_p=0.9, seed=7, **changes)
+    made = requests(ALL[::every], max_tokens=20, temperature=1.0, top_p=0.9, seed=7, **changes)
     made = [dataclasses.replace(r, n=2) for r in made]
     wanted, _ = play(table_engine(fakes(), CONFIG), made)
     got, done = play(table_engine(fakes(), CONFIG), drafting(made, draft, 4, "coupled"))
     assert texts(got) == texts(wanted)
-    assert sum(d.usage.drafted for d in done.values()) > 100
+    assert sum(d.usage.drafted for d in done.values()) > 100 // every
     if draft == "twin":
         assert done["0-plain"].usage.accepted == done["0-plain"].usage.drafted
 
@@ -288,12 +290,12 @@ class Brackets:
         del self.taken[len(self.taken) - count :]
 
 
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("draft", ["twin", "near", "expert", "ngram", "prediction"])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3, "top_p": 0.9}])
-def test_a_grammar_holds_and_rolls_back(draft: str, sampling: dict[str, Any]) -> None:
-    made = [
-        dataclasses.replace(r, constraint=Brackets) for r in requests(OPEN, max_tokens=24, ignore_eos=False, **sampling)
-    ]
+def test_a_grammar_holds_and_rolls_back(draft: str, sampling: dict[str, Any], every: int) -> None:
+    plain = requests(OPEN[::every], max_tokens=24, ignore_eos=False, **sampling)
+    made = [dataclasses.replace(r, constraint=Brackets) for r in plain]
     wanted, _ = play(table_engine(fakes(), CONFIG), made)
     got, done = play(table_engine(fakes(), CONFIG), drafting(made, draft, 4, "coupled"))
     assert texts(got) == texts(wanted)
@@ -319,10 +321,13 @@ PROCESSED: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("changes", PROCESSED, ids=lambda c: "-".join(c))
 @pytest.mark.parametrize("hot", [{}, {"temperature": 1.0, "seed": 11}])
-def test_processors_see_the_drafted_prefix_and_stops_cut_drafts(changes: dict[str, Any], hot: dict[str, Any]) -> None:
-    made = [dataclasses.replace(r, n=2) for r in requests(OPEN[::2], **({"max_tokens": 20} | changes | hot))]
+def test_processors_see_the_drafted_prefix_and_stops_cut_drafts(
+    changes: dict[str, Any], hot: dict[str, Any], every: int
+) -> None:
+    made = [dataclasses.replace(r, n=2) for r in requests(OPEN[::every], **({"max_tokens": 20} | changes | hot))]
     wanted, _ = play(table_engine(fakes(), CONFIG), made)
     for draft in ("near", "expert", "ngram"):
         got, _ = play(table_engine(fakes(), CONFIG), drafting(made, draft, 5, "coupled"))

@@ -112,7 +112,7 @@ def test_what_is_kept_is_what_sorting_keeps(width: int, asked: list[Limits], kno
 
 def test_given_maxima_change_no_cut() -> None:
     rows = torch.stack(shapes(150))
-    for each in ROWS:
+    for each in ROWS[1::2]:
         given = (rows, torch.arange(len(rows)), 150, *limits(*[each] * len(rows)))
         plain, quick = (cutoffs(*given, best=best, kernel=True) for best in (None, rows.amax(1)))
         assert torch.equal(plain.least, quick.least)
