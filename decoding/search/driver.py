@@ -250,9 +250,10 @@ class Driver:
         state.goal = Goal(budget=self._tokens)
         delta = self._host.feed(state, tokens)
         at, known = node.nexts
-        if at == before and delta.token_ids and delta.token_ids[0] in known and not verb.logprobs:
+        if delta.token_ids and not verb.logprobs:
             first = delta.token_ids[0]
-            delta = replace(delta, logprobs=(TokenLogprob(first, known[first]),))
+            lp = known.get(first, verb.lp) if at == before else verb.lp
+            delta = delta if lp is None else replace(delta, logprobs=(TokenLogprob(first, lp),))
         self.group.completion_tokens += len(delta.token_ids)
         self.saw(state, delta)
         self._step(branch, branch.text[len(text) :], verb.step)

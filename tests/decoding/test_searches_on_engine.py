@@ -28,6 +28,7 @@ from decoding.search import (
     tree_prompt,
 )
 from decoding.search.spec import SearchKind
+from decoding.search.verbs import Branch, Candidate, Feed, Open, Outcome, Search, Steps
 from tests.fakes import EOS, TableModel, random_table, table_engine
 
 PROMPT = "a prompt of letters"
@@ -106,6 +107,29 @@ def test_deal_is_its_definition(engine: Engine, k: int, length: int, weight: flo
     made, usage = answered(engine, deal.KIND, params, Sampling(max_tokens=20, temperature=0.0))
     assert list(made.token_ids) == ids
     assert dict(usage.forwards)["base"] <= 1 + (length + 1) * len(ids)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_what_deal_chooses_has_its_log_probs(engine: Engine, beams: int) -> None:
+    """Also where it leaves its look-ahead several times in a row."""
+    params = deal.Deal(k=4, lookahead=2, weight=3.0, scorer="rule", beams=beams)
+    made, _ = answered(engine, deal.KIND, params, Sampling(max_tokens=20, temperature=0.0, logprobs=0))
+    assert [entry.token_id for entry in made.logprobs] == made.token_ids
+    for i, entry in enumerate(made.logprobs):
+        assert entry.logprob == pytest.approx(dict(best(made.token_ids[:i], 257))[entry.token_id], abs=1e-5)
+
+
+@pytest.mark.parametrize(("words", "cut"), [("Final answer: 42", True), ("Final answer: 42$", False)])
+def test_an_answer_in_a_text_that_was_cut_was_cut(engine: Engine, words: str, cut: bool) -> None:
+    def run(it: Search, _: Any) -> Steps:
+        branch: Branch = yield Open("Q")
+        yield Feed(branch, [*words.replace("$", "").encode(), *([EOS] if words.endswith("$") else [])])
+        return Outcome([Candidate(branch, text="42", answer="42")])
+
+    kind = SearchKind("test-cut", "", tree_prompt.TreePrompt, run)
+    limit = 16 if cut else 40
+    made, _ = answered(engine, kind, tree_prompt.TreePrompt(), Sampling(max_tokens=limit))
+    assert (made.text, made.finish_reason) == ("42", "length" if cut else "stop")
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 2.0])
