@@ -17,6 +17,7 @@ from decoding.output import OutputText
 from decoding.prepare import Catalog, prepare
 from decoding.sampling import Drawn
 from decoding.scheduler import Scheduler
+from decoding.scorers.pages import Tongue
 from decoding.scorers.spec import Scorer, ScorerSpec
 from decoding.state import Group, Sequence, Stream
 from decoding.text import Prompt, shared_vocabulary
@@ -136,9 +137,18 @@ class Host:
         """Whether two models have one tokenizer."""
         return shared_vocabulary(self.hosted[a].text, self.hosted[b].text) is not None
 
-    def encode(self, model: str, tokens: Seq[int] | str) -> Seq[int]:
-        """Ids of `tokens`, which may be a text to go on with."""
-        return self.hosted[model].text.encode(tokens, bos=False) if isinstance(tokens, str) else tokens
+    def encode(self, model: str, tokens: Seq[int] | str, first: bool = False) -> Seq[int]:
+        """Ids of `tokens`, which may be a text to go on with.
+
+        first: an answer begins with it. Its first word is then written as that of a text is, by some tokenizers with a
+        space that decoding drops again.
+        """
+        if not isinstance(tokens, str):
+            return tokens
+        text = self.hosted[model].text
+        if first and not tokens[:1].isspace():
+            return text.encode(tokens, bos=False)
+        return Tongue(text).continued(tokens)
 
     def first_token(self, model: str, choice: str | int) -> int:
         """The id that `choice` begins with. Raises BadRequest if it has none."""
