@@ -243,7 +243,7 @@ class Driver:
 
     def _feed(self, node: Node, verb: Feed) -> Work:
         state, branch = node.state, node.branch
-        tokens: Sequence[int] = self._host.encode(branch.model, verb.tokens)
+        tokens: Sequence[int] = self._host.encode(branch.model, verb.tokens, first=not state.output)
         if branch.finished or not tokens:
             return [] if verb.logprobs else None
         before, text = len(state.output), branch.text

@@ -139,11 +139,17 @@ class Host:
         """Whether two models have one tokenizer."""
         return shared_vocabulary(self.hosted[a].text, self.hosted[b].text) is not None
 
-    def encode(self, model: str, tokens: Seq[int] | str) -> Seq[int]:
-        """Ids of `tokens`, which may be a text to go on with: as it stands behind other text."""
+    def encode(self, model: str, tokens: Seq[int] | str, first: bool = False) -> Seq[int]:
+        """Ids of `tokens`, which may be a text to go on with.
+
+        first: an answer begins with it. Its first word is then written as that of a text is, by some tokenizers with a
+        space that decoding drops again.
+        """
         if not isinstance(tokens, str):
             return tokens
         text = self.hosted[model].text
+        if first and not tokens[:1].isspace():
+            return text.encode(tokens, bos=False)
         if text not in self._tongues:
             self._tongues[text] = Tongue(text)
         return self._tongues[text].continued(tokens)

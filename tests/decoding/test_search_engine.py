@@ -382,7 +382,7 @@ def test_texts_go_on_as_they_stand_behind_other_text(asked: Any) -> None:
     model = TableModel("base", random_table(1, width=len(pieces())), memory=1)
     engine = Engine({"base": Hosted(model, text, 64 * model.kv_bytes_per_block(4))}, EngineConfig(block_size=4))
     (found,) = engine.generate("Q", asked(run), replace(SAMPLED, max_tokens=9))
-    ids = [pieces().convert_tokens_to_ids(token) for token in ("a", "▁b", "+", "▁a")]
+    ids = [pieces().convert_tokens_to_ids(token) for token in ("▁a", "▁b", "+", "▁a")]
     assert found.token_ids == ids[:3]
     assert found.text == "a b+"
     lp = torch.log_softmax(model.row(ids), 0)
