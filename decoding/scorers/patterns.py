@@ -22,7 +22,9 @@ def compiled(pattern: str, param: str | None = None) -> Any:
         raise BadRequest(f"A regular expression has 1 to {MAX_PATTERN} characters, not {len(pattern)}.", param)
     try:
         return regex.compile(pattern)
-    except regex.error as error:
+    except RecursionError as error:
+        raise BadRequest("A regular expression's groups are nested too deeply.", param) from error
+    except (regex.error, ValueError) as error:  # the latter for flags that exclude each other
         raise BadRequest(f"'{pattern}' is not a regular expression: {error}.", param) from error
 
 
