@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decoding.core import FinishReason
 from decoding.events import CandidateReport, Delta, SearchReport
 from decoding.search.driver import Driver
 from decoding.search.verbs import Candidate
@@ -38,8 +39,10 @@ def conclude(driver: Driver) -> tuple[list[Delta], SearchReport]:
 
 def _choice(driver: Driver, index: int, candidate: Candidate) -> Delta:
     branch, id = candidate.branch, driver.group.request.id
-    if candidate.text is not None:
-        return Delta(id, index, (), candidate.text, finish_reason="stop", stop_reason=branch.stop_reason)
+    if candidate.text is not None:  # whole, unless it is where the branch's own text was cut
+        cut = branch.finished != "stop" and driver.text_of(branch).rstrip().endswith(candidate.text)
+        reason: FinishReason = "length" if cut else "stop"
+        return Delta(id, index, (), candidate.text, finish_reason=reason, stop_reason=branch.stop_reason)
     told = driver.told_of(branch)
     # Of what was fed without asking for log-probs there are none, and a list with gaps would be a wrong one.
     whole = all(len(delta.logprobs) == len(delta.token_ids) for delta in told)
