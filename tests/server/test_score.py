@@ -97,6 +97,17 @@ def test_without_a_model_the_first_scorer_is_asked_and_named() -> None:
     assert answer["data"] == ask(SCORE, pair | {"model": "prm"}).json()["data"]
 
 
+def test_a_presets_policy_is_not_scored_by_its_model_alone() -> None:
+    presets = {"p": {"model": "base", "decoding": {"strategy": "proxy_tuning", "expert": "small", "anti": "base"}},
+               "alias": {"model": "base"}}  # fmt: skip
+    pair: dict[str, Any] = {"text_1": "a", "text_2": "b c", "scorer": LIKELIHOOD}
+    error = error_of(ask(SCORE, pair | {"model": "p"}, presets=presets), 400)
+    assert (error["param"], "such as 'base'" in error["message"]) == ("model", True)
+    assert ask(SCORE, pair | {"model": "p", "scorer": {"rule": "length"}}, presets=presets).status_code == 200
+    same = [ask(SCORE, pair | {"model": name}, presets=presets).json()["data"] for name in ("alias", "base")]
+    assert same[0] == same[1]
+
+
 def test_a_server_of_scorers_alone_scores() -> None:
     body = {"text_1": "Q", "text_2": "three"}
     answer = ask(SCORE, body, kinds={"prm": "prm"}).json()
