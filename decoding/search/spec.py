@@ -27,8 +27,8 @@ class SearchKind:
     `param` naming the offending field, for parameters that can never be served (sampling: with the search's own
     temperature put in). scorers, models: what the parameters name, so that it is refused before anything runs if it is
     not served. temperature: the default when the request has none; None leaves OpenAI's. independent: how many
-    samples of one distribution it takes, which at temperature 0 would all be the same. formula: what it does, as an
-    expression.
+    samples of one distribution it takes, which at temperature 0 would all be the same. abreast: how many hypotheses it
+    has side by side, where that is more. formula: what it does, as an expression.
     """
 
     name: str
@@ -41,5 +41,6 @@ class SearchKind:
     models: Callable[[Any], Sequence[str | None]] = _nothing
     temperature: float | None = None
     independent: Callable[[Any], int] = lambda _params: 1
+    abreast: Callable[[Any], int] = lambda _params: 1
     needs: tuple[str, ...] = ()
     paper: str = ""
