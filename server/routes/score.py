@@ -150,7 +150,9 @@ def _texts(body: ScoreBody) -> tuple[Text, ...]:
         pairs.append((Chat(messages) if pair.prompt is None else pair.prompt, pair.response))
     if body.input is None:
         first, second = ([each] if isinstance(each, str) else list(each) for each in (body.text_1, body.text_2))
-        if len(first) not in (1, len(second)) or not second:
+        if not second:
+            raise BadRequest("text_2 must be one text or more.", "text_2")
+        if len(first) not in (1, len(second)):
             message = f"text_1 must be one text or as many as text_2; they are {len(first)} and {len(second)}."
             raise BadRequest(message, "text_1")
         pairs = list(zip(first * len(second) if len(first) == 1 else first, second, strict=True))

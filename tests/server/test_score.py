@@ -64,6 +64,7 @@ def test_scores_by_likelihood_rules_and_vllms_fields() -> None:
         ({"model": "prm", "text_1": "a", "text_2": "b", "scorer": {"regex": "("}}, "scorer.regex", 400),
         ({"model": "prm", "text_1": "a", "text_2": "b", "scorer": {"parts": [{"weight": 2}]}}, "scorer.parts.0", 400),
         ({"model": "prm", "text_1": ["a", "b"], "text_2": ["c"]}, "text_1", 400),
+        ({"model": "prm", "text_1": "a", "text_2": []}, "text_2", 400),
         ({"model": "prm", "text_1": "a"}, None, 400),
         ({"model": "nobody", "text_1": "a", "text_2": "b"}, "model", 404),
         ({"model": "prm", "text_1": "a", "text_2": "b", "scorer": {"x": 1}}, "scorer.x", 400),
