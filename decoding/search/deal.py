@@ -187,6 +187,7 @@ KIND = SearchKind(
     check,
     scorers=lambda params: (params.scorer, params.constraint),
     abreast=lambda params: params.k * params.beams,
+    answers=lambda params: params.beams,
     needs=("scorer: what scores a text, or a constraint",),
     paper="Huang et al. 2024, DeAL, arXiv:2402.06147",
 )

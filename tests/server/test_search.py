@@ -191,6 +191,25 @@ def test_the_operators_bound_holds_for_every_kind_of_breadth(search: dict[str, A
     assert ask(TEXT, body, max_candidates=4).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("search", "most"),
+    [
+        ({"kind": "selective", "scorer": {"rule": "length"}, "threshold": 0}, 1),
+        ({"kind": "tree_prompt"}, 1),
+        ({"kind": "reward_search", "k": 2, "scorer": {"rule": "length"}}, 1),
+        ({"kind": "nudging_search", "nudger": "small"}, 1),
+        (STEPS | {"draft": "small"}, 1),
+        ({"kind": "deal", "k": 2, "beams": 2, "constraint": {"min_words": 2}}, 2),
+        ({"kind": "agents"}, 2),
+    ],
+)
+def test_more_choices_than_a_search_can_have_are_refused(search: dict[str, Any], most: int) -> None:
+    body = PLAIN | {"max_tokens": 2, "decoding": {"search": search}}
+    error = error_of(ask(TEXT, body | {"n": most + 1}), 400)
+    assert (error["param"], f"has {most} candidate" in error["message"]) == ("n", True)
+    assert len(ask(TEXT, body | {"n": most}).json()["choices"]) == most
+
+
 @pytest.mark.parametrize("search", [{"kind": "beam_search", "width": 2}, {"kind": "reward_search", "k": 2}])
 def test_tokens_that_a_search_feeds_have_the_best_beside_them(search: dict[str, Any]) -> None:
     """As many as were asked for, though the search itself looks at fewer."""
