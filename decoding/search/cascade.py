@@ -132,6 +132,7 @@ KIND = SearchKind(
     "small's y if mean vote of its comparisons > threshold, else large's",
     check,
     models=lambda params: (params.small,),
+    answers=lambda _params: 2,
     needs=("small: a smaller causal model", "references: about five answers of known reliability"),
     paper="Liu et al. 2024, Meta Ranking, arXiv:2402.12146",
 )

@@ -187,6 +187,8 @@ KIND = SearchKind(
     "argmax lp(y_1..t) + weight · h(y_1..t and l greedy tokens) over the k likeliest y_t",
     check,
     scorers=lambda params: (params.scorer, params.constraint),
+    abreast=lambda params: params.k * params.beams,
+    answers=lambda params: params.beams,
     needs=("scorer: what scores a text, or a constraint",),
     paper="Huang et al. 2024, DeAL, arXiv:2402.06147",
 )

@@ -252,8 +252,10 @@ class Driver:
         at, known = node.nexts
         if delta.token_ids and not verb.logprobs:
             first = delta.token_ids[0]
-            lp = known.get(first, verb.lp) if at == before else verb.lp
-            delta = delta if lp is None else replace(delta, logprobs=(TokenLogprob(first, lp),))
+            here = known if at == before else {}
+            lp = here.get(first, verb.lp)
+            best = tuple(here.items())[: self.sampling.logprobs or 0]
+            delta = delta if lp is None else replace(delta, logprobs=(TokenLogprob(first, lp, best),))
         self.group.completion_tokens += len(delta.token_ids)
         self.saw(state, delta)
         self._step(branch, branch.text[len(text) :], verb.step)
@@ -267,10 +269,11 @@ class Driver:
     def _top(self, node: Node, k: int) -> Work:
         if node.branch.finished:
             return []
-        yield from self._reach(node, goal := Goal(row=True, top=k))
+        told = max(k, self.sampling.logprobs or 0)  # what is fed then may have to be told with the best beside it
+        yield from self._reach(node, goal := Goal(row=True, top=told))
         assert goal.told is not None, "its row was mixed"
         node.nexts = (len(node.state.output), dict(goal.told.top))
-        return goal.told.top
+        return goal.told.top[:k]
 
     def _run(self, node: Node, verb: Run) -> Work:
         state, branch = node.state, node.branch

@@ -89,6 +89,7 @@ KIND = SearchKind(
     "base's token, or one word of the nudger's where max p_base < threshold",
     check,
     models=lambda params: (params.nudger,),
+    answers=lambda _params: 1,
     needs=("nudger: a small aligned model, whatever its tokenizer",),
     paper="Fei et al. 2024, arXiv:2410.09300",
 )

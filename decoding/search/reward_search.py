@@ -74,6 +74,8 @@ KIND = SearchKind(
     "argmax lp(v) + weight · reward(y_<t, v) over the k likeliest v",
     check,
     scorers=lambda params: (params.scorer,),
+    abreast=lambda params: params.k,
+    answers=lambda _params: 1,
     needs=("scorer: a reward of texts",),
     paper="Khanov et al. 2024, ARGS, arXiv:2402.01694",
 )

@@ -170,6 +170,7 @@ KIND = SearchKind(
     models=lambda params: (params.draft,),
     temperature=0.7,
     independent=lambda params: params.n if params.mode == "gsi" else 1,
+    answers=lambda _params: 1,
     needs=("draft: a small causal model", "scorer: what scores steps"),
     paper="Liao et al. 2025, RSD, arXiv:2501.19324; Geuter et al. 2025, GSI, arXiv:2506.04118",
 )

@@ -72,7 +72,7 @@ def test_patterns_give_their_group_or_the_whole_last_match() -> None:
     assert extract("a b", r"a (\d)?") is None, "a group that took no part"
 
 
-@pytest.mark.parametrize("how", ["boxd", "(a)(b)", "(", "", "x" * 1001])
+@pytest.mark.parametrize("how", ["boxd", "(a)(b)", "(", "", "x" * 1001, "(?a)(?u)x", "(" * 450 + ")" * 450])
 def test_what_finds_no_answers_is_refused(how: str) -> None:
     with pytest.raises(BadRequest) as caught:
         check_extraction(how, "answer")

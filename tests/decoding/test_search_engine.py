@@ -668,6 +668,17 @@ def test_a_choice_without_a_candidate_is_empty(asked: Any) -> None:
     assert (len(first.token_ids), second.token_ids, second.finish_reason) == (2, [], "length")
 
 
+def test_an_answer_that_ends_where_its_text_was_cut_is_cut_too(asked: Any) -> None:
+    def run(it: Search) -> Steps:
+        yield Run(it.root, Until(tokens=3))
+        return Outcome(
+            [Candidate(it.root, text=it.root.text[1:], answer="b"), Candidate(it.root, text="Something else.")]
+        )
+
+    own, other = make_engine().generate(PROMPT, asked(run), SAMPLED, n=2)
+    assert (own.finish_reason, other.finish_reason) == ("length", "stop")
+
+
 def test_progress_is_told_to_those_who_ask(asked: Any) -> None:
     def run(it: Search) -> Steps:
         it.progress("half", done=0.5)
