@@ -7,16 +7,19 @@ answers in one way; `group` puts them together, with sympy's help where an answe
 from __future__ import annotations
 
 import functools
+import math
 import re
 import threading
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import Any
 
 from decoding.core import BadRequest
 from decoding.scorers.patterns import MAX_TEXT, compiled, search
 
 _NUMBER = re.compile(
-    r"(?<![\w.)])[-+−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:/\d{1,20}(?![\d.]{0,20}/))?"
+    r"(?<![\w.)])(?:[-+−](?:\\?\$)?)?(?:\d{1,3}(?:,\d{3}|\{,\}\d{3})+(?!\d)|\d+)?"
+    r"(?:\.\d+|(?<=\d))(?:/\d{1,20}(?![\d.]{0,20}/))?"
     r"|\d+(?:\.\d+)?"
 )
 _BRACES = re.compile(r"(\\f?box(?:ed)?\s{0,9}\{)|\\[{}]|([{}])")
@@ -105,7 +108,14 @@ def normalise(answer: str) -> str:
     text = _plain_math(text)
     text = re.sub(r"^[A-Za-z]\s*=\s*(?=\S)", "", text)
     number = _number(text)
-    return str(number) if number is not None else " ".join(text.casefold().split())
+    return str(number) if number is not None else _evened(text)
+
+
+def _evened(text: str) -> str:
+    """Without case and spare spaces, none of them at brackets and commas unless a number were made of two: 1, 234."""
+    text = " ".join(text.casefold().split())
+    tight = re.sub(r" ?(\\?[][(){},]) ?", r"\1", text)
+    return text if _number(tight) is not None else tight
 
 
 def group(answers: Sequence[str | None]) -> list[list[int]]:
@@ -188,17 +198,28 @@ def _decimal(text: str) -> Fraction | None:
 _TOKEN = re.compile(r"\d+(?:\.\d+)?|pi|sqrt(?=\()|[a-z](?![a-z])|[-+*/^()]|\s+")
 _POWER = re.compile(r"\^\s*(?:\(\s*-?(\d+)\s*\)|(\d+))")
 _MOST_POWER, _MOST_SYMBOLS, _MOST_CHARACTERS = 12, 3, 80  # what keeps an expanded expression small
+_MOST_TERMS = 5000  # of numerator times denominator: what finding their common divisor takes
 
 
 def _key(normalised: str) -> str:
     """What equal answers share: an expression's canonical form, where sympy can tell it, else the answer itself."""
-    if not _is_expression(normalised):
+    if not _is_expression(normalised) or not _has_sympy():
         return normalised
     result: list[str] = []
     worker = threading.Thread(target=lambda: result.append(_canonical(normalised)), daemon=True)
     worker.start()
     worker.join(_SECONDS)
     return result[0] if result else normalised
+
+
+@functools.cache
+def _has_sympy() -> bool:
+    """Whether there is sympy. It is imported here, so that no expression's time is spent on that."""
+    try:
+        import sympy.parsing.sympy_parser  # type: ignore[import-untyped]  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _is_expression(text: str) -> bool:
@@ -218,20 +239,41 @@ def _canonical(text: str) -> str:
 
     Only characters that `_is_expression` lets through get here; names are symbols of our own.
     """
-    try:
-        import sympy  # type: ignore[import-untyped]
-        from sympy.parsing.sympy_parser import (  # type: ignore[import-untyped]
-            implicit_multiplication,
-            parse_expr,
-            standard_transformations,
-        )
-    except ImportError:
-        return text
+    import sympy
+    from sympy.parsing.sympy_parser import implicit_multiplication, parse_expr, standard_transformations
+
     names = {letter: sympy.Symbol(letter) for letter in "abcdefghijklmnopqrstuvwxyz"}
     names |= {"pi": sympy.pi, "sqrt": sympy.sqrt}
     rules = (*standard_transformations, implicit_multiplication)
     try:
         parsed = parse_expr(text.replace("^", "**"), local_dict=names, transformations=rules)
-        return str(sympy.cancel(sympy.together(sympy.nsimplify(parsed, rational=True))))
+        parsed = sympy.nsimplify(parsed, rational=True)
+        return str(sympy.cancel(sympy.together(parsed))) if _is_small(parsed) else text
     except Exception:  # sympy raises many kinds for what is no expression
         return text
+
+
+def _is_small(tree: Any) -> bool:
+    """Whether numerator and denominator of a sympy expression, and of what stands under its roots, have few terms."""
+    roots = {part for part in _parts(tree) if part.is_Pow and not part.exp.is_Integer}
+    unknowns = roots | {part for part in _parts(tree) if not part.args and not part.is_Rational}
+    top, bottom = (math.comb(degree + len(unknowns), degree) for degree in _degrees(tree))
+    return top * bottom <= _MOST_TERMS and all(_is_small(root.base) for root in roots)
+
+
+def _parts(tree: Any) -> list[Any]:
+    return [tree, *(part for each in tree.args for part in _parts(each))]
+
+
+def _degrees(tree: Any) -> tuple[int, int]:
+    """The degrees, at most, of numerator and denominator when the whole is one fraction; a root is an unknown."""
+    parts = [_degrees(part) for part in tree.args]
+    if tree.is_Add:
+        bottom = sum(below for _, below in parts)
+        return max(above + bottom - below for above, below in parts), bottom
+    if tree.is_Mul:
+        return sum(above for above, _ in parts), sum(below for _, below in parts)
+    if tree.is_Pow and tree.exp.is_Integer:
+        above, below = (degree * abs(int(tree.exp)) for degree in parts[0])
+        return (below, above) if tree.exp < 0 else (above, below)
+    return (0, 0) if tree.is_Rational else (1, 0)

@@ -58,6 +58,9 @@ class Searches:
             raise ApiError(400, message, "decoding.search")
         params = dict(asked)
         kind = params.pop("kind", None)
+        if kind is None:
+            message = f"Missing required parameter: 'decoding.search.kind'. Available: {', '.join(SEARCHES)}."
+            raise ApiError(400, message, "decoding.search.kind", "missing_required_parameter")
         if not isinstance(kind, str) or kind not in SEARCHES:
             hint = nearest(str(kind), SEARCHES)
             message = f"Unknown search '{kind}'.{hint} Available: {', '.join(SEARCHES)}."
@@ -109,8 +112,7 @@ def check_scorers(plan: SearchPlan, catalog: Catalog, remotes: Container[str], p
 def check_candidates(plan: SearchPlan, most: int, path: str) -> None:
     """Raises BadRequest if the search would have more than `most` hypotheses side by side."""
     kind: SearchKind = known_searches()[plan.kind]
-    independent, n = kind.independent(plan.params), getattr(plan.params, "n", 1)
-    asked = max(independent, n)
+    asked = max(kind.independent(plan.params), kind.abreast(plan.params), getattr(plan.params, "n", 1))
     if asked > most:
         param = named_by(asked, plan.params, path)
         raise BadRequest(f"{param}: at most {most} candidates are allowed, not {asked}.", param)

@@ -96,8 +96,11 @@ class RemoteScorer:
             )
             asked = {"role": "user", "content": f"{before}{text.text}{after}"}
             return {"messages": [asked], "max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20}
+        steps = list(text.steps) or [""]
+        if isinstance(text.prompt, Chat) and text.prompt.continue_final_message:
+            steps[0] = messages.pop()["content"] + steps[0]  # the answer goes on with what the prompt began
         marker = spec.step_marker
-        said = text.text if marker is None else "".join(step.strip() + marker for step in text.steps or ("",))
+        said = "".join(steps) if marker is None else "".join(step.strip() + marker for step in steps)
         return {"messages": [*messages, {"role": "assistant", "content": said}], "add_generation_prompt": False}
 
     def _ask(self, body: Mapping[str, Any]) -> Any:

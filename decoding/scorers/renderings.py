@@ -190,14 +190,16 @@ def guarded(tongue: Tongue, taxonomy: str | None, prompt: Prompt) -> Frame:
     """
     if _BEGIN not in str(tongue.text.tokenizer.chat_template or ""):
         return asked(tongue, guard_question(taxonomy or TAXONOMY), _talk(tongue, prompt))
-    messages = said(tongue.messages(prompt))
+    messages, begun = said(tongue.messages(prompt)), ""
+    if isinstance(prompt, Chat) and prompt.continue_final_message:
+        messages, begun = messages[:-1], content_text(messages[-1])
 
     def show(answer: str) -> str:
-        form = tongue.text.chat_text([*messages, {"role": "assistant", "content": answer}], Chat(()))
+        form = tongue.text.chat_text([*messages, {"role": "assistant", "content": begun + answer}], Chat(()))
         begin, end = form.find(_BEGIN) + len(_BEGIN), form.find(_END)
         return form if taxonomy is None else f"{form[:begin]}\n{taxonomy.strip()}\n{form[end:]}"
 
-    before, tail, trims = around(show, f"{messages}{taxonomy}")
+    before, tail, trims = around(show, f"{messages}{begun}{taxonomy}")
     if tail.endswith("<|end_header_id|>"):
         tail += "\n\n"  # the published models write these before the verdict
     head = tongue.text.encode(before)

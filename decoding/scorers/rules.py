@@ -22,11 +22,16 @@ AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
 
 
 def aggregate(values: Sequence[float], how: str) -> float:
-    """One number of a scorer's numbers: the last, the smallest, their product or mean. Raises BadRequest."""
+    """One number of a scorer's numbers: the last, the smallest, their product or mean. Raises BadRequest.
+
+    What is made of a NaN is NaN.
+    """
     if how not in AGGREGATES:
         raise BadRequest(f"'aggregate' must be one of {', '.join(AGGREGATES)}, not '{how}'.", "aggregate")
     if not values:
         raise BadRequest("The scorer gave no number, so there is nothing to aggregate.", "aggregate")
+    if how == "min" and any(map(math.isnan, values)):
+        return math.nan  # which is as small as any number, and as large
     return float(AGGREGATES[how](values))
 
 

@@ -92,5 +92,6 @@ KIND = SearchKind(
     "y_0 ~ G(x), v ~ V(x, y_0), y ~ R(x, y_0, v)",
     check,
     models=lambda params: (params.generator, params.verifier, params.refiner),
+    answers=lambda _params: 2,
     paper="Motwani et al. 2024, MALT, arXiv:2412.01928",
 )

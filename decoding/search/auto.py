@@ -185,5 +185,6 @@ KIND = SearchKind(
     models=lambda params: [each for kind, p in _reachable(params) for each in kind.models(p)],
     temperature=0.8,
     independent=lambda params: max(kind.independent(p) for kind, p in _reachable(params)),
+    abreast=lambda params: max(kind.abreast(p) for kind, p in _reachable(params)),
     paper="Snell et al. 2024, arXiv:2408.03314; Liu et al. 2025, arXiv:2502.06703",
 )

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from decoding.core import BadRequest, Sampling, says
 from decoding.scorers.spec import STRICT
-from decoding.search.common import concluded, drop, whole
+from decoding.search.common import concluded, drop, spent, whole
 from decoding.search.prompts import asked, check_template, filled, question
 from decoding.search.spec import SearchKind
 from decoding.search.verbs import Branch, Candidate, Open, Probe, Run, Search, Steps
@@ -64,7 +64,10 @@ class Cascade:
 
 
 def run(search: Search, params: Cascade) -> Steps:
-    """The small model's answer if its comparisons find that reliable, else the request's own model's."""
+    """The small model's answer if its comparisons find that reliable, else the request's own model's.
+
+    One of the large model's that was cut does not replace one of the small model's that has ended.
+    """
     small: Branch = yield Open(search.prompt, params.small)
     yield Run(small)
     votes = [] if search.exhausted else (yield from _votes(search, params, small.text))
@@ -72,13 +75,15 @@ def run(search: Search, params: Cascade) -> Steps:
     search.progress(f"reliability {reliability:g} of the small model's answer", score=reliability)
     first = Candidate(small, reliability, tuple(votes))
     details = {"votes": votes, "model": params.small}
-    if reliability > params.threshold or search.exhausted:
+    if reliability > params.threshold or spent(search):
         yield from drop([search.root])
         return concluded(search, [first], details=details)
     large = search.root
     yield Run(large)
     candidates = [Candidate(large), Candidate(small, reliability, tuple(votes), note="unreliable")]
-    return concluded(search, candidates, details={**details, "model": large.model})
+    candidates.sort(key=lambda each: (each.branch.finished != "stop", not each.branch.tokens))
+    model = large.model if candidates[0].branch is large else params.small
+    return concluded(search, candidates, details={**details, "model": model})
 
 
 def _votes(search: Search, params: Cascade, answer: str) -> Generator[Any, Any, list[float]]:
@@ -127,6 +132,7 @@ KIND = SearchKind(
     "small's y if mean vote of its comparisons > threshold, else large's",
     check,
     models=lambda params: (params.small,),
+    answers=lambda _params: 2,
     needs=("small: a smaller causal model", "references: about five answers of known reliability"),
     paper="Liu et al. 2024, Meta Ranking, arXiv:2402.12146",
 )

@@ -38,8 +38,10 @@ def conclude(driver: Driver) -> tuple[list[Delta], SearchReport]:
 
 def _choice(driver: Driver, index: int, candidate: Candidate) -> Delta:
     branch, id = candidate.branch, driver.group.request.id
-    if candidate.text is not None:
-        return Delta(id, index, (), candidate.text, finish_reason="stop", stop_reason=branch.stop_reason)
+    if candidate.text is not None:  # the search's own words are whole; an answer within a text may have been cut
+        cut = candidate.answer is not None and branch.finished != "stop"
+        why = driver.exhausted if cut and not branch.finished else branch.stop_reason
+        return Delta(id, index, (), candidate.text, finish_reason="length" if cut else "stop", stop_reason=why)
     told = driver.told_of(branch)
     # Of what was fed without asking for log-probs there are none, and a list with gaps would be a wrong one.
     whole = all(len(delta.logprobs) == len(delta.token_ids) for delta in told)

@@ -37,7 +37,7 @@ class Deal:
 class _Partial:
     """A hypothesis y_1:t. head: a branch of y_1:t alone. ahead: one of y_1:t and its greedy look-ahead.
 
-    lp: log P(y_1:t). nexts: the k likeliest next tokens. value: lp + weight h(ahead).
+    lp: log P(y_1:t). own: log P(y_t). nexts: the k likeliest next tokens. value: lp + weight h(ahead).
     """
 
     parent: _Partial | None
@@ -45,6 +45,7 @@ class _Partial:
     lp: float
     head: Branch | None
     ahead: Branch
+    own: float = 0.0
     drafts: Sequence[int] = ()
     nexts: Sequence[tuple[int, float]] = ()
     value: float = -math.inf
@@ -94,18 +95,18 @@ def _options(live: Sequence[_Partial], params: Deal) -> Generator[Any, Any, list
         for child, (token, lp) in zip(children, entries)
     ]
     if fresh:
-        yield [Feed(child, [token]) for _, child, token, _ in fresh]
+        yield [Feed(child, [token], lp=lp) for _, child, token, lp in fresh]
     options = []
     for p, child, token, lp in fresh:
         assert p.head
         follows = p.ahead.tokens[len(p.head.tokens) :]
         if child.finished:
-            option = _Partial(p, token, p.lp + lp, child, child)
+            option = _Partial(p, token, p.lp + lp, child, child, lp)
         elif follows[:1] == [token]:
-            option = _Partial(p, token, p.lp + lp, child, p.ahead)
+            option = _Partial(p, token, p.lp + lp, child, p.ahead, lp)
         else:
             rejoins = follows.index(token, 1) + 1 if token in follows[1:] else 1
-            option = _Partial(p, token, p.lp + lp, None, child, follows[rejoins:])
+            option = _Partial(p, token, p.lp + lp, None, child, lp, follows[rejoins:])
         options.append(option)
     return options
 
@@ -154,7 +155,7 @@ def _commit(
         forked = yield [Fork(o.parent.head, 1) for o in headless if o.parent and o.parent.head]
         for option, heads in zip(headless, forked, strict=True):
             option.head = heads[0] if heads else None
-        if fed := [Feed(o.head, [o.token]) for o in headless if o.head]:
+        if fed := [Feed(o.head, [o.token], lp=o.own) for o in headless if o.head]:
             yield fed
     for option in kept:
         option.parent = None
@@ -186,6 +187,8 @@ KIND = SearchKind(
     "argmax lp(y_1..t) + weight · h(y_1..t and l greedy tokens) over the k likeliest y_t",
     check,
     scorers=lambda params: (params.scorer, params.constraint),
+    abreast=lambda params: params.k * params.beams,
+    answers=lambda params: params.beams,
     needs=("scorer: what scores a text, or a constraint",),
     paper="Huang et al. 2024, DeAL, arXiv:2402.06147",
 )

@@ -243,16 +243,19 @@ class Driver:
 
     def _feed(self, node: Node, verb: Feed) -> Work:
         state, branch = node.state, node.branch
-        tokens: Sequence[int] = self._host.encode(branch.model, verb.tokens)
+        tokens: Sequence[int] = self._host.encode(branch.model, verb.tokens, first=not state.output)
         if branch.finished or not tokens:
             return [] if verb.logprobs else None
         before, text = len(state.output), branch.text
         state.goal = Goal(budget=self._tokens)
         delta = self._host.feed(state, tokens)
         at, known = node.nexts
-        if at == before and delta.token_ids and delta.token_ids[0] in known and not verb.logprobs:
+        if delta.token_ids and not verb.logprobs:
             first = delta.token_ids[0]
-            delta = replace(delta, logprobs=(TokenLogprob(first, known[first]),))
+            here = known if at == before else {}
+            lp = here.get(first, verb.lp)
+            best = tuple(here.items())[: self.sampling.logprobs or 0]
+            delta = delta if lp is None else replace(delta, logprobs=(TokenLogprob(first, lp, best),))
         self.group.completion_tokens += len(delta.token_ids)
         self.saw(state, delta)
         self._step(branch, branch.text[len(text) :], verb.step)
@@ -266,10 +269,11 @@ class Driver:
     def _top(self, node: Node, k: int) -> Work:
         if node.branch.finished:
             return []
-        yield from self._reach(node, goal := Goal(row=True, top=k))
+        told = max(k, self.sampling.logprobs or 0)  # what is fed then may have to be told with the best beside it
+        yield from self._reach(node, goal := Goal(row=True, top=told))
         assert goal.told is not None, "its row was mixed"
         node.nexts = (len(node.state.output), dict(goal.told.top))
-        return goal.told.top
+        return goal.told.top[:k]
 
     def _run(self, node: Node, verb: Run) -> Work:
         state, branch = node.state, node.branch

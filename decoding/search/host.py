@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Container, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
@@ -17,9 +18,10 @@ from decoding.output import OutputText
 from decoding.prepare import Catalog, prepare
 from decoding.sampling import Drawn
 from decoding.scheduler import Scheduler
+from decoding.scorers.pages import Tongue
 from decoding.scorers.spec import Scorer, ScorerSpec
 from decoding.state import Group, Sequence, Stream
-from decoding.text import Prompt, shared_vocabulary
+from decoding.text import Prompt, TextModel, shared_vocabulary
 
 MakeScorer = Callable[[ScorerSpec, str], Scorer]  # (what is asked for, the request's main model)
 
@@ -39,6 +41,7 @@ class Host:
     ) -> None:
         self.hosted, self.runners, self.scheduler, self.make_scorer = hosted, runners, scheduler, make_scorer
         self._judges, self._catalog, self._serials = judges, catalog, serials
+        self._tongues: weakref.WeakKeyDictionary[TextModel, Tongue] = weakref.WeakKeyDictionary()
 
     def open(self, owner: Group, prompt: Prompt, program: Program | str | None, sampling: Sampling) -> Sequence:
         """A new root for a search of `owner`, resting. Raises BadRequest and UnknownModel."""
@@ -136,9 +139,20 @@ class Host:
         """Whether two models have one tokenizer."""
         return shared_vocabulary(self.hosted[a].text, self.hosted[b].text) is not None
 
-    def encode(self, model: str, tokens: Seq[int] | str) -> Seq[int]:
-        """Ids of `tokens`, which may be a text to go on with."""
-        return self.hosted[model].text.encode(tokens, bos=False) if isinstance(tokens, str) else tokens
+    def encode(self, model: str, tokens: Seq[int] | str, first: bool = False) -> Seq[int]:
+        """Ids of `tokens`, which may be a text to go on with.
+
+        first: an answer begins with it. Its first word is then written as that of a text is, by some tokenizers with a
+        space that decoding drops again.
+        """
+        if not isinstance(tokens, str):
+            return tokens
+        text = self.hosted[model].text
+        if first and not tokens[:1].isspace():
+            return text.encode(tokens, bos=False)
+        if text not in self._tongues:
+            self._tongues[text] = Tongue(text)
+        return self._tongues[text].continued(tokens)
 
     def first_token(self, model: str, choice: str | int) -> int:
         """The id that `choice` begins with. Raises BadRequest if it has none."""

@@ -33,14 +33,15 @@ class NudgingSearch:
 def run(search: Search, params: NudgingSearch) -> Steps:
     """The base's token where max p_base >= threshold, else a word of the nudger's, fed to the base as text."""
     base, nudger = search.root, (yield Open(search.prompt, params.nudger))
-    nudges = 0
+    nudges = told = 0  # told: characters of the base's text that the nudger knows
     while not base.finished and not spent(search):
         ((token, lp),) = yield Top(base, 1)
         if math.exp(lp) >= params.threshold:
             yield Feed(base, [token]) if likeliest(search.sampling) else Run(base, ONE)
             continue
-        if said := base.text[len(nudger.text) :]:
+        if said := base.text[told:]:
             yield Feed(nudger, said)
+            told = len(base.text)
         speaker: Branch | None = ((yield Fork(nudger, 1)) or [None])[0]
         word = (yield from _word(search, speaker)) if speaker else ""
         if speaker and speaker.finished == "stop" and not word:  # the nudger ends the text
@@ -88,6 +89,7 @@ KIND = SearchKind(
     "base's token, or one word of the nudger's where max p_base < threshold",
     check,
     models=lambda params: (params.nudger,),
+    answers=lambda _params: 1,
     needs=("nudger: a small aligned model, whatever its tokenizer",),
     paper="Fei et al. 2024, arXiv:2410.09300",
 )

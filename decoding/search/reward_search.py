@@ -55,7 +55,8 @@ def choose(search: Search, params: RewardSearch, values: list[float], tokens: li
     best = max(range(len(values)), key=lambda i: (values[i], -tokens[i]))
     if not params.sample or search.sampling.temperature == 0.0 or values[best] == -math.inf:
         return best
-    weights = [math.exp((value - values[best]) / search.sampling.temperature) for value in values]
+    highest, t = values[best], search.sampling.temperature
+    weights = [1.0 if value == highest else math.exp((value - highest) / t) for value in values]
     return search.rng.choices(range(len(values)), weights)[0]
 
 
@@ -73,6 +74,8 @@ KIND = SearchKind(
     "argmax lp(v) + weight · reward(y_<t, v) over the k likeliest v",
     check,
     scorers=lambda params: (params.scorer,),
+    abreast=lambda params: params.k,
+    answers=lambda _params: 1,
     needs=("scorer: a reward of texts",),
     paper="Khanov et al. 2024, ARGS, arXiv:2402.01694",
 )

@@ -39,13 +39,15 @@ def run(search: Search, params: ScoreTexts) -> Steps:
 
 
 def _under_the_policy(params: ScoreTexts) -> Generator[Any, Any, list[list[float]]]:
-    """Scores that need the texts' log-probabilities: each is fed to the model. Raises BadRequest for one too long."""
+    """Scores that need the texts' log-probabilities: each is fed to the model. Raises BadRequest for one too long.
+
+    A text is fed in one piece: its tokens do not depend on where steps end, and none of these scorers reads steps.
+    """
     branches = yield [Open(prompt, params.writer, Sampling(ignore_eos=True)) for prompt, _ in params.texts]
-    for place in range(max(len(steps) for _, steps in params.texts)):
-        fed = [(b, steps[place]) for b, (_, steps) in zip(branches, params.texts, strict=True) if place < len(steps)]
-        yield [Feed(branch, step, step=True, logprobs=True) for branch, step in fed]
-    for branch, (_, steps) in zip(branches, params.texts, strict=True):
-        if branch.finished == "length" and branch.text != "".join(steps):
+    wholes = ["".join(steps) for _, steps in params.texts]
+    yield [Feed(branch, whole, step=True, logprobs=True) for branch, whole in zip(branches, wholes, strict=True)]
+    for branch, whole in zip(branches, wholes, strict=True):
+        if branch.finished == "length" and branch.text != whole:
             raise BadRequest(
                 f"A text is too long: with its prompt it does not fit into the context of '{branch.model}'.",
                 "max_tokens",

@@ -57,6 +57,7 @@ KIND = SearchKind(
     "y if quality(x, y) ≥ threshold, else a refusal",
     check,
     scorers=lambda params: (params.scorer,),
+    answers=lambda _params: 1,
     needs=("scorer: what predicts an answer's quality",),
     paper="Ye et al. 2024, Self-Judge, arXiv:2409.00935",
 )

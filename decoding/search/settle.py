@@ -42,9 +42,9 @@ def settle_search(
             "temperature 0. Give a temperature above 0, or leave it out.",
             "temperature",
         )
-    most = getattr(plan.params, "n", None)
-    if isinstance(most, int) and n > most:
-        raise BadRequest(f"n is {n}, and the search has {most} candidates.", "n")
+    most = kind.answers(plan.params)
+    if most is not None and n > most:
+        raise BadRequest(f"n is {n}, and the search has {most} candidate{'s' * (most > 1)}.", "n")
     if sampling.prompt_logprobs is not None:
         raise BadRequest("A search cannot echo the prompt's log-probs. Leave out echo.", "echo")
     if sampling.max_tokens == 0:

@@ -27,8 +27,9 @@ class SearchKind:
     `param` naming the offending field, for parameters that can never be served (sampling: with the search's own
     temperature put in). scorers, models: what the parameters name, so that it is refused before anything runs if it is
     not served. temperature: the default when the request has none; None leaves OpenAI's. independent: how many
-    samples of one distribution it takes, which at temperature 0 would all be the same. formula: what it does, as an
-    expression.
+    samples of one distribution it takes, which at temperature 0 would all be the same. abreast: how many hypotheses it
+    has side by side, where that is more. answers: how many candidates it can end with, where no `n` says so; None: as
+    many as it comes to. formula: what it does, as an expression.
     """
 
     name: str
@@ -41,5 +42,7 @@ class SearchKind:
     models: Callable[[Any], Sequence[str | None]] = _nothing
     temperature: float | None = None
     independent: Callable[[Any], int] = lambda _params: 1
+    abreast: Callable[[Any], int] = lambda _params: 1
+    answers: Callable[[Any], int | None] = lambda params: getattr(params, "n", None)
     needs: tuple[str, ...] = ()
     paper: str = ""

@@ -61,7 +61,9 @@ def run(search: Search, params: StepSpeculative) -> Steps:
         scores.append(step.score if math.isfinite(step.score) else None)
         drafted += step.drafted
         search.progress(f"step {len(scores)}: {drafted} drafted", steps=len(scores), drafted=drafted)
-    answer = small if small.finished and not base.finished else base
+    if small.finished == "length" and not base.finished:  # it has no room left; the base has
+        yield Run(base)
+    answer = small if small.finished == "stop" and not base.finished else base
     yield from drop({base, small} - {answer})
     details = {"steps": len(scores), "drafted": drafted, "scores": scores}
     limit = "" if answer.finished else f"'max_steps' is {params.max_steps}"
@@ -133,15 +135,18 @@ def _tell(
 
 def tilt(beta: float, values: Sequence[float]) -> float:
     """beta times the last step's score; minus infinity if the scorer has none."""
-    return beta * values[-1] if values and not math.isnan(values[-1]) else -math.inf
+    tilted = beta * values[-1] if values else math.nan
+    return -math.inf if math.isnan(tilted) else tilted
 
 
 def draw(search: Search, values: Sequence[float]) -> int:
-    """An index by softmax(values)."""
-    highest = max(values)
+    """An index by softmax(values); what is no number is as good as minus infinity."""
+    known = [-math.inf if math.isnan(value) else value for value in values]
+    highest = max(known)
     if highest == -math.inf:
         return 0
-    return search.rng.choices(range(len(values)), [math.exp(value - highest) for value in values])[0]
+    weights = [1.0 if value == highest else math.exp(value - highest) for value in known]
+    return search.rng.choices(range(len(values)), weights)[0]
 
 
 def check(params: StepSpeculative, _sampling: Sampling) -> None:
@@ -165,6 +170,7 @@ KIND = SearchKind(
     models=lambda params: (params.draft,),
     temperature=0.7,
     independent=lambda params: params.n if params.mode == "gsi" else 1,
+    answers=lambda _params: 1,
     needs=("draft: a small causal model", "scorer: what scores steps"),
     paper="Liao et al. 2025, RSD, arXiv:2501.19324; Geuter et al. 2025, GSI, arXiv:2506.04118",
 )

@@ -137,5 +137,6 @@ KIND = SearchKind(
     run,
     "argmax Σ lp / length^length_penalty among `width` beams",
     check,
+    abreast=lambda params: params.width,
     paper="vLLM's use_beam_search; Graves 2012, arXiv:1211.3711",
 )

@@ -62,5 +62,6 @@ KIND = SearchKind(
     run,
     "y ~ P(. | search prompt, x); the answer behind the last marker",
     check,
+    answers=lambda _params: 1,
     paper="Zhang et al. 2023, arXiv:2310.10686",
 )

@@ -90,7 +90,8 @@ class Fork:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Feed:
-    """Continue a branch with these tokens, or with a text. step: they are a step of their own.
+    """Continue a branch with these tokens, or with a text. step: they are a step of their own. lp: the first token's
+    log-probability, where the search knows it.
 
     A token that ends texts finishes the branch, as one that a run draws does.
     """
@@ -99,6 +100,7 @@ class Feed:
     tokens: Sequence[int] | str
     step: bool = False
     logprobs: bool = False
+    lp: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

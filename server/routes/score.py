@@ -17,10 +17,8 @@ from decoding.core import (
     BadRequest,
     Policy,
     Program,
-    Role,
     Sampling,
     SearchPlan,
-    Term,
     TrimtabError,
     UnknownModel,
 )
@@ -120,12 +118,21 @@ def _job(body: ScoreBody, services: Services, key: str) -> ScoreJob:
         check_scorers(plan, served.catalog, served.remotes, "")
     except BadRequest as error:
         raise BadRequest(error.message, error.param if body.scorer is not None else "model", error.code) from error
-    _check_lengths(texts, _readers(scorer, writer), served.catalog, param)
-    program = Program(score_texts.KIND.name, Policy((Term("base", Role(writer)),)), search=plan)
+    readers = _readers(scorer, writer)
+    if name in served.presets and model in readers and served.resolve(name, None).program.policy != _alone(model):
+        message = f"'{name}' is a policy, and texts are scored by one model alone: name that, such as '{model}'."
+        raise BadRequest(message, "model")
+    _check_lengths(texts, readers, served.catalog, param)
+    program = Program(score_texts.KIND.name, _alone(writer), search=plan)
     salt = f"{key}:{body.cache_salt or ''}"
     id = f"score-{uuid.uuid4().hex}"
     made = EngineRequest(id, program, ((0,),), Sampling(max_tokens=1), writer, 1, salt=salt, prompt="")
     return ScoreJob(name, made, param)
+
+
+def _alone(model: str) -> Policy:
+    """The policy that is the model by itself."""
+    return Program.plain(model).policy
 
 
 def _readers(scorer: ScorerSpec, writer: str) -> set[str]:
@@ -143,7 +150,9 @@ def _texts(body: ScoreBody) -> tuple[Text, ...]:
         pairs.append((Chat(messages) if pair.prompt is None else pair.prompt, pair.response))
     if body.input is None:
         first, second = ([each] if isinstance(each, str) else list(each) for each in (body.text_1, body.text_2))
-        if len(first) not in (1, len(second)) or not second:
+        if not second:
+            raise BadRequest("text_2 must be one text or more.", "text_2")
+        if len(first) not in (1, len(second)):
             message = f"text_1 must be one text or as many as text_2; they are {len(first)} and {len(second)}."
             raise BadRequest(message, "text_1")
         pairs = list(zip(first * len(second) if len(first) == 1 else first, second, strict=True))

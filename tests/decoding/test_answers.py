@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import time
 
 import pytest
 
+from decoding import answers
 from decoding.answers import boxed, check_extraction, extract, group, last_number, normalise
 from decoding.core import BadRequest
 
@@ -18,6 +21,10 @@ from decoding.core import BadRequest
         ("10-5", "5"),
         ("a total of 1,234,567.50 dollars", "1,234,567.50"),
         ("$1,234", "1,234"),
+        ("a loss of -$50", "-$50"),
+        (r"a loss of $-\$50$", r"-\$50"),
+        ("a loss of $-50", "-50"),
+        ("$10{,}000$ in all", "10{,}000"),
         ("so 3/4.", "3/4"),
         ("−7", "−7"),
         (".5", ".5"),
@@ -65,7 +72,7 @@ def test_patterns_give_their_group_or_the_whole_last_match() -> None:
     assert extract("a b", r"a (\d)?") is None, "a group that took no part"
 
 
-@pytest.mark.parametrize("how", ["boxd", "(a)(b)", "(", "", "x" * 1001])
+@pytest.mark.parametrize("how", ["boxd", "(a)(b)", "(", "", "x" * 1001, "(?a)(?u)x", "(" * 450 + ")" * 450])
 def test_what_finds_no_answers_is_refused(how: str) -> None:
     with pytest.raises(BadRequest) as caught:
         check_extraction(how, "answer")
@@ -126,6 +133,13 @@ def test_no_text_holds_the_engine(text: str) -> None:
         (r"\text{Yes}.", "yes"),
         ("  The   Answer ", "the answer"),
         ("12,34", "12,34"),
+        (r"\left( 3, \frac{1}{2} \right]", "(3,(1)/(2)]"),
+        (r"\{1, 2\}", r"\{1,2\}"),
+        ("-1, 2", "-1,2"),
+        ("1, 234", "1, 234"),
+        ("(1, 234)", "(1, 234)"),
+        ("-$50", "-50"),
+        (r"-\$50", "-50"),
         ("3-1", "3-1"),
         (r"\frac{\sqrt{3}}{2}", "(sqrt(3))/(2)"),
         ("1" * 500, "1" * 500),
@@ -142,11 +156,55 @@ def test_equal_answers_are_grouped_in_order() -> None:
     assert group([None, None]) == []
 
 
+def test_pairs_intervals_and_sets_are_equal_however_they_are_spaced() -> None:
+    answers = ["(3, 4)", "(3,4)", r"\left(3, 4\right)", "[0, 1)", "[0,1)", r"\{1, 2\}", r"\{ 1,2 \}", "1, 234", "1,234"]
+    assert group(answers) == [[0, 1, 2], [3, 4], [5, 6], [7], [8]]
+
+
 def test_expressions_are_compared_by_sympy() -> None:
     pytest.importorskip("sympy")
     same = ["x+1", "1 + x", "(x^2-1)/(x-1)"]
     roots = [r"2\sqrt{2}", r"\sqrt{8}", r"\frac{4}{\sqrt2}"]
     assert group([*same, "x+2", *roots, r"2\pi", "pi*2", "2x", "x*2"]) == [[0, 1, 2], [3], [4, 5, 6], [7, 8], [9, 10]]
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "(1/(a+b)+1/(b+c)+1/(a+c)+1/(a-b)+1/(b-c)+1/(a-c))^12",
+        "(1/(a+sqrt(b))+1/(b+sqrt(c))+1/(c+sqrt(a))+1/(a+sqrt(c)))^12",
+        "((a+b+c+1)(a-b-c-1)(a+b-c-1)/(a+b+c+3)+(a+b+c+7)/(a-b-c-5)+1/(a+2b+3c+4))^4",
+        "sqrt((1/(a+b)+1/(b+c)+1/(a+c)+1/(a-b)+1/(b-c)+1/(a-c))^11)",
+    ],
+)
+def test_expressions_with_too_many_terms_are_compared_as_text(expression: str) -> None:
+    pytest.importorskip("sympy")
+    before = threading.active_count()
+    assert group([expression, f" {expression}.", "1"]) == [[0, 1], [2]]
+    assert threading.active_count() == before, "nothing goes on computing"
+
+
+def test_expressions_with_few_terms_are_compared_whatever_their_powers() -> None:
+    pytest.importorskip("sympy")
+    same = ["(x^4)/(x^2-1)", "x^4/((x+1)(x-1))", "-(x^4)/(1-x^2)"]
+    others = ["(a+b+c)^12", "(c+b+a)^12", "(a+b)/(a b)", "1/a+1/b"]
+    assert group([*same, *others]) == [[0, 1, 2], [3, 4], [5, 6]]
+
+
+def test_an_expressions_time_begins_when_sympy_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sympy.parsing.sympy_parser")
+    monkeypatch.delitem(sys.modules, "sympy.parsing.sympy_parser")
+    there: list[bool] = []
+
+    class Watched(threading.Thread):
+        def start(self) -> None:
+            there.append("sympy.parsing.sympy_parser" in sys.modules)
+            super().start()
+
+    answers._has_sympy.cache_clear()
+    monkeypatch.setattr(threading, "Thread", Watched)
+    assert group(["x+1", "1+x"]) == [[0, 1]]
+    assert there == [True, True]
 
 
 def test_words_are_no_products_of_letters_and_nothing_is_evaluated() -> None:

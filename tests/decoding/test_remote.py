@@ -75,6 +75,16 @@ def test_pooling_of_steps() -> None:
     assert RemoteScorer(RemoteSpec("far", "http://box")).one_number
 
 
+def test_an_answer_that_the_prompt_began_is_one_message() -> None:
+    begun = Chat(({"role": "user", "content": "Q"}, {"role": "assistant", "content": "It is "}), False, True)
+    _, server = asked(pooled([1.0]), Hypothesis(begun, ("two", ".")))
+    assert server.body["messages"] == [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "It is two."}]
+    _, server = asked(pooled([[1.0], [2.0]]), Hypothesis(begun, ("two", ".")), step_marker="#")
+    assert server.body["messages"][-1]["content"] == "It is two#.#"
+    _, server = asked(pooled([1.0]), Hypothesis(begun, ()))
+    assert server.body["messages"][-1]["content"] == "It is "
+
+
 def test_pairs_are_scored() -> None:
     found, server = asked({"data": [{"index": 0, "score": -1.5}]}, Hypothesis("Q", ("a", "b")), kind="score")
     assert found == [-1.5]

@@ -287,6 +287,14 @@ def test_a_guards_own_template_with_the_requests_taxonomy() -> None:
     assert show(text, Guard("m", Tongue(text), 300, "X: Mine.").render(forged)).count("C1: Own.") == 0
 
 
+def test_a_guard_is_shown_an_answer_that_the_prompt_began_as_one_turn() -> None:
+    """The published templates refuse two turns of one side."""
+    begun = Chat(({"role": "user", "content": "Q"}, {"role": "assistant", "content": "It is "}), False, True)
+    text = with_bytes(GUARD)
+    shown = show(text, Guard("m", Tongue(text), 300).render(Hypothesis(begun, ("two",))))
+    assert "User: Q\n\nAgent: It is two\n\nVerdict?" in shown
+
+
 def test_a_guard_without_the_form_is_asked_in_our_words() -> None:
     text = with_bytes()
     shown = show(text, Guard("m", Tongue(text), 300, "X: Mine.").render(Hypothesis(ASK, ("a",))))

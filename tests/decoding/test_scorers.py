@@ -47,6 +47,9 @@ def sigmoid(x: float) -> float:
 def test_aggregation() -> None:
     values = [0.5, 0.25, 0.75]
     assert [aggregate(values, how) for how in ("last", "min", "prod", "mean")] == [0.75, 0.25, 0.09375, 0.5]
+    for how in ("min", "prod", "mean"):
+        for values_with_nan in ([math.nan, 0.5], [0.5, math.nan]):
+            assert math.isnan(aggregate(values_with_nan, how)), "a number that cannot be compared is not left out"
     for how, what in (("max", values), ("last", []), ("prod", []), ("mean", [])):
         with pytest.raises(BadRequest) as caught:
             aggregate(what, how)
@@ -79,6 +82,50 @@ def test_regexes_are_searched() -> None:
     assert Regex("x").score(ofs("x" + "y" * MAX_TEXT)) == [0.0], "of a very long text the end is searched"
     with pytest.raises(BadRequest, match="too long"):
         Regex(r"(a|a)*$").score(ofs("a" * 5000 + "b"))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "a{1000000}",
+        "(?:a{1000}){1000}",
+        "(?:a{1000,}){1000,}",
+        "a{9}{9}{9}{9}{9}{9}",
+        "(?:[)]a{1000}){1000}",
+        "(?:a{1000}[](]){1000}",
+        "(?V1)(?:a{1000}[[a](]){1000}",
+        r"(?:a{1000}\()){1000}",
+        "(?#[)a{1000000}",
+        "(?x)a{1 000 000}",
+        "(?x)a{1#}\n000000}",
+        r"(?x)\#a{1000000}",
+    ],
+)
+def test_patterns_that_fill_the_memory_are_refused(pattern: str) -> None:
+    """What they are made into has as many items as their counts multiply to."""
+    with pytest.raises(BadRequest, match="repeats"):
+        Regex(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(\d{4})-(\d{2})-(\d{2})( \d{2}:\d{2}:\d{2})?",
+        "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}",
+        r"^([^{}]*\{\d{3}\}){20}$",
+        "^(?:[A-Z][a-z]{1,2000} ){3,5000}$",
+        "(?x) [[:alpha:]]{3} # a word",
+        "x" * 1000,
+    ],
+)
+def test_patterns_with_ordinary_repeats_are_taken(pattern: str) -> None:
+    assert Regex(pattern).score(ofs("")) == [0.0]
+
+
+@pytest.mark.parametrize("pattern", ["(" * 400 + ")" * 400, "(?a)(?u)b", "(?L)(?u)b"])
+def test_patterns_that_cannot_be_compiled_are_refused(pattern: str) -> None:
+    with pytest.raises(BadRequest, match="regular expression"):
+        Regex(pattern)
 
 
 @pytest.mark.parametrize(

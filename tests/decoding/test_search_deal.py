@@ -15,7 +15,7 @@ from decoding.core import BadRequest, Sampling
 from decoding.scorers.spec import Hypothesis, ScorerParams
 from decoding.search import deal, reward_search
 from decoding.search.deal import Deal
-from decoding.search.reward_search import RewardSearch
+from decoding.search.reward_search import RewardSearch, choose
 from decoding.search.verbs import Run, Verb
 from tests.scripted import Script, ScriptedSearch, language, spy
 
@@ -284,6 +284,11 @@ def test_reward_search_draws_from_the_softmax() -> None:
     assert search.drive(reward_search.run(search, params)).candidates[0].branch.text == "a"
     search = ScriptedSearch(Script(top=lambda text: tops), sampling=replace(sampling, temperature=0.0))
     assert search.drive(reward_search.run(search, params)).candidates[0].branch.text == "a"
+
+
+def test_a_reward_without_a_bound_is_drawn() -> None:
+    search = ScriptedSearch(Script())
+    assert choose(search, RewardSearch("rule", sample=True), [0.0, math.inf, -math.inf], [1, 2, 3]) == 1
 
 
 def test_reward_search_out_of_branches_goes_on_as_the_policy_does() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from decoding import search
+from decoding.admit import Hosted
 from decoding.blocks import Blocks
 from decoding.core import (
     BadRequest,
@@ -50,6 +51,8 @@ from decoding.search.verbs import (
 )
 from decoding.state import Sequence, Stream
 from decoding.strategies import STRATEGIES
+from decoding.text import TextModel
+from tests.decoding.test_renderings import pieces
 from tests.fakes import EOS, TableModel, random_table, table_engine
 
 PLAIN = Program("plain", Policy((Term("base", Role("base")),)))
@@ -364,6 +367,28 @@ def test_top_probe_and_fed_tokens_tell_the_policys_log_probs(asked: Any) -> None
     assert tokens[0] == told["top"][0][0]
 
 
+def test_texts_go_on_as_they_stand_behind_other_text(asked: Any) -> None:
+    """With a tokenizer that writes a space before every text: no second space, and choices keep their own ids."""
+    told: dict[str, Any] = {}
+
+    def run(it: Search) -> Steps:
+        yield Feed(it.root, "a")
+        yield Feed(it.root, " b")
+        yield Feed(it.root, "+")
+        told["probe"] = yield Probe(it.root, " a", [" a", " b"])
+        return one(it.root)
+
+    text = TextModel("base", pieces())
+    model = TableModel("base", random_table(1, width=len(pieces())), memory=1)
+    engine = Engine({"base": Hosted(model, text, 64 * model.kv_bytes_per_block(4))}, EngineConfig(block_size=4))
+    (found,) = engine.generate("Q", asked(run), replace(SAMPLED, max_tokens=9))
+    ids = [pieces().convert_tokens_to_ids(token) for token in ("▁a", "▁b", "+", "▁a")]
+    assert found.token_ids == ids[:3]
+    assert found.text == "a b+"
+    lp = torch.log_softmax(model.row(ids), 0)
+    assert told["probe"] == pytest.approx([float(lp[ids[3]]), float(lp[ids[1]])], abs=1e-5)
+
+
 def test_tokens_that_were_chosen_among_the_likeliest_have_their_log_probs(asked: Any) -> None:
     def run(it: Search) -> Steps:
         branch = it.root
@@ -641,6 +666,17 @@ def test_a_choice_without_a_candidate_is_empty(asked: Any) -> None:
 
     first, second = make_engine().generate(PROMPT, asked(run), SAMPLED, n=2)
     assert (len(first.token_ids), second.token_ids, second.finish_reason) == (2, [], "length")
+
+
+def test_an_answer_that_ends_where_its_text_was_cut_is_cut_too(asked: Any) -> None:
+    def run(it: Search) -> Steps:
+        yield Run(it.root, Until(tokens=3))
+        return Outcome(
+            [Candidate(it.root, text=it.root.text[1:], answer="b"), Candidate(it.root, text="Something else.")]
+        )
+
+    own, other = make_engine().generate(PROMPT, asked(run), SAMPLED, n=2)
+    assert (own.finish_reason, other.finish_reason) == ("length", "stop")
 
 
 def test_progress_is_told_to_those_who_ask(asked: Any) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from decoding.core import BadRequest, Sampling
 from decoding.search import nudging_search
 from decoding.search.nudging_search import NudgingSearch, likeliest
+from decoding.search.verbs import Feed, Verb
 from decoding.text import Prompt
 from tests.scripted import Script, ScriptedSearch
 
@@ -79,6 +81,26 @@ def test_words_go_over_as_text_and_the_nudger_is_told_what_the_base_said() -> No
     assert (only.branch.text, only.branch.finished) == ("Hib go", "stop")
     assert outcome.details == {"nudges": 2}
     assert search.live == {only.branch}
+
+
+def test_the_nudger_is_told_everything_once() -> None:
+    """Also one whose texts lose the space that they begin with: the base says " b" and " c"."""
+    script = tables(
+        lambda text: (" b c$"[len(text)], 0.1 if text in (" b", " b c") else 0.9),
+        lambda text: {"b": " c d", "b c": "$"}.get(text, text[3:] + " d"),
+    )
+    search = ScriptedSearch(script, sampling=GREEDY)
+    done = search._do
+
+    def do(verb: Verb) -> Any:
+        if isinstance(verb, Feed) and verb.branch.model == "nudger" and not verb.branch.text:
+            verb = replace(verb, tokens=str(verb.tokens).lstrip())
+        return done(verb)
+
+    search._do = do  # type: ignore[method-assign]
+    search.drive(nudging_search.run(search, PARAMS))
+    told = [call for batch in search.calls for call in batch if call[0] == "feed" and call[1] in ("", "b")]
+    assert told[-2:] == [("feed", "", "b"), ("feed", "b", " c")]
 
 
 def test_a_word_ends_with_the_nudgers_text() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -96,6 +97,33 @@ def test_without_a_budget_the_small_models_answer_stays() -> None:
     assert [c.branch.text for c in outcome.candidates] == ["4"]
     assert outcome.details["votes"] == []
     assert search.live == {outcome.candidates[0].branch}
+
+
+@pytest.mark.parametrize(("budget", "limit"), [(2, 100), (None, 2)])
+def test_a_large_answer_that_was_cut_does_not_win_over_a_small_one_that_ended(budget: int | None, limit: int) -> None:
+    """The large model says "5 and so on": all tokens are spent after its first one, or it is longer than max_tokens."""
+    small, large = Script(go=lambda *_: "4$", probe=lambda *_: WORSE), Script(go=lambda *_: "5 and so on$")
+    script = Script(of=lambda model, prompt: small if model == "small" else large)
+    search = ScriptedSearch(script, prompt="Sum?", sampling=Sampling(max_tokens=limit), max_tokens=budget)
+    outcome = search.drive(cascade.run(search, Cascade("small", REFERENCES)))
+    assert [c.branch.text for c in outcome.candidates] == ["4", "5" if budget else "5 "]
+    assert outcome.candidates[0].note == "unreliable"
+    assert outcome.details["model"] == "small"
+
+
+def test_an_unreliable_answer_is_not_taken_for_want_of_candidates() -> None:
+    """The comparisons are opened beyond the bound; the large model needs none of it."""
+    search = ScriptedSearch(tables([]), prompt="Sum?")
+
+    def worse() -> list[float]:
+        search.exhausted = "max_candidates"
+        return WORSE
+
+    tables_of = search.script.of
+    assert tables_of is not None
+    search.script = Script(of=lambda model, prompt: replace(tables_of(model, prompt), probe=lambda *_: worse()))
+    outcome = search.drive(cascade.run(search, Cascade("small", REFERENCES)))
+    assert [c.branch.text for c in outcome.candidates] == ["5", "4"]
 
 
 @pytest.mark.parametrize(

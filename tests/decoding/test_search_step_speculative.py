@@ -12,7 +12,7 @@ import pytest
 from decoding.core import BadRequest, Sampling
 from decoding.search import step_speculative
 from decoding.search.step_speculative import StepSpeculative, draw, tilt
-from decoding.search.verbs import Feed, Verb
+from decoding.search.verbs import Feed, Open, Verb
 from decoding.text import Prompt
 from tests.scripted import Script, ScriptedSearch, spy
 
@@ -155,6 +155,27 @@ def test_steps_end_the_search() -> None:
 
 
 @pytest.mark.parametrize("params", [RSD, GSI])
+def test_where_the_small_model_has_no_room_left_the_base_goes_on(params: StepSpeculative) -> None:
+    """The small model's context ends after four tokens; the base's does not."""
+    script = tables({"": "s1.", "s1.": "s2."}, {"s1.s": "b.$"}, lambda steps: [1.0])
+    search = ScriptedSearch(script)
+    steps = step_speculative.run(search, replace(params, n=1, u=-99.0))
+    opened = search._do
+
+    def do(verb: Verb) -> Any:
+        if isinstance(verb, Open):
+            verb = replace(verb, sampling=Sampling(temperature=0.7, max_tokens=4))
+        return opened(verb)
+
+    search._do = do  # type: ignore[method-assign]
+    outcome = search.drive(steps)
+    (only,) = outcome.candidates
+    assert (only.branch.text, only.branch.model, only.branch.finished) == ("s1.sb.", "base", "stop")
+    assert outcome.reason == ""
+    assert search.live == {only.branch}
+
+
+@pytest.mark.parametrize("params", [RSD, GSI])
 def test_without_forks_the_base_goes_on_alone(params: StepSpeculative) -> None:
     search = ScriptedSearch(tables({}, {"": "b.b.$"}, lambda steps: [1.0]), max_candidates=0)
     outcome = search.drive(step_speculative.run(search, params))
@@ -194,6 +215,8 @@ def test_scores_that_are_none() -> None:
     search = ScriptedSearch(Script())
     assert draw(search, [-math.inf, -math.inf]) == 0
     assert draw(search, [-math.inf, 1000.0, -math.inf]) == 1
+    assert tilt(0.0, [math.inf]) == -math.inf
+    assert draw(search, [0.0, math.inf, math.nan]) == 1
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
 from decoding import search
-from decoding.core import BadRequest, Policy, Program, Role, Sampling, SearchPlan, Term
+from decoding.admit import Hosted
+from decoding.core import BadRequest, EngineConfig, Policy, Program, Role, Sampling, SearchPlan, Term
 from decoding.engine import Engine
 from decoding.events import Usage
 from decoding.generate import Completion
-from decoding.scorers.spec import Hypothesis
+from decoding.scorers.spec import Hypothesis, ScorerParams
 from decoding.search import (
     adaptive,
     agents,
@@ -23,17 +25,26 @@ from decoding.search import (
     nudging_search,
     revise,
     reward_search,
+    score_texts,
     selective,
     step_speculative,
     tree_prompt,
 )
 from decoding.search.spec import SearchKind
+from decoding.search.verbs import Branch, Candidate, Feed, Open, Outcome, Probe, Search, Steps
+from decoding.text import TextModel
+from tests.decoding.test_renderings import merges, pieces
 from tests.fakes import EOS, TableModel, random_table, table_engine
 
 PROMPT = "a prompt of letters"
 LETTERS = torch.full((257,), -torch.inf)
 LETTERS[[*b"abcdefgh ", EOS]] = 0.0
 LETTERS[EOS] = -1.0
+
+
+@dataclass(frozen=True)
+class Empty:
+    """No parameters."""
 
 
 class Hash:
@@ -106,6 +117,29 @@ def test_deal_is_its_definition(engine: Engine, k: int, length: int, weight: flo
     made, usage = answered(engine, deal.KIND, params, Sampling(max_tokens=20, temperature=0.0))
     assert list(made.token_ids) == ids
     assert dict(usage.forwards)["base"] <= 1 + (length + 1) * len(ids)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_what_deal_chooses_has_its_log_probs(engine: Engine, beams: int) -> None:
+    """Also where it leaves its look-ahead several times in a row."""
+    params = deal.Deal(k=4, lookahead=2, weight=3.0, scorer="rule", beams=beams)
+    made, _ = answered(engine, deal.KIND, params, Sampling(max_tokens=20, temperature=0.0, logprobs=0))
+    assert [entry.token_id for entry in made.logprobs] == made.token_ids
+    for i, entry in enumerate(made.logprobs):
+        assert entry.logprob == pytest.approx(dict(best(made.token_ids[:i], 257))[entry.token_id], abs=1e-5)
+
+
+@pytest.mark.parametrize(("words", "cut"), [("Final answer: 42", True), ("Final answer: 42$", False)])
+def test_an_answer_in_a_text_that_was_cut_was_cut(engine: Engine, words: str, cut: bool) -> None:
+    def run(it: Search, _: Any) -> Steps:
+        branch: Branch = yield Open("Q")
+        yield Feed(branch, [*words.replace("$", "").encode(), *([EOS] if words.endswith("$") else [])])
+        return Outcome([Candidate(branch, text="42", answer="42")])
+
+    kind = SearchKind("test-cut", "", tree_prompt.TreePrompt, run)
+    limit = 16 if cut else 40
+    made, _ = answered(engine, kind, tree_prompt.TreePrompt(), Sampling(max_tokens=limit))
+    assert (made.text, made.finish_reason) == ("42", "length" if cut else "stop")
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 2.0])
@@ -196,3 +230,48 @@ def test_nudging_always_is_the_nudger_alone(engine: Engine) -> None:
 def test_token_ids_cannot_be_rewritten(engine: Engine) -> None:
     with pytest.raises(BadRequest, match="not token ids"):
         answered(engine, revise.KIND, revise.Revise(), Sampling(max_tokens=5), (1, 2, 3))
+
+
+# -- what is fed as text ---------------------------------------------------------------------------------------------
+
+
+def test_text_goes_on_in_the_middle_of_a_line() -> None:
+    """A tokenizer that writes a space before every text writes none into one that goes on."""
+    tokenizer = pieces()
+    base = TableModel("base", random_table(3, width=len(tokenizer)), memory=4)
+    engine = Engine({"base": Hosted(base, TextModel("base", tokenizer), 4096)}, EngineConfig(block_size=4))
+    told: dict[str, Any] = {}
+
+    def run(it: Search, _: Any) -> Steps:
+        yield Feed(it.root, "a")
+        told["first"] = list(it.root.tokens)
+        yield Feed(it.root, "b")
+        yield Feed(it.root, " a")
+        told["fed"] = list(it.root.tokens)
+        told["probe"] = yield Probe(it.root, "\n1", (" +", " -"))
+        return Outcome([Candidate(it.root)])
+
+    kind = SearchKind("test-text", "", Empty, run)
+    answered(engine, kind, Empty(), Sampling(max_tokens=20, ignore_eos=True), "b")
+    id_of = tokenizer.convert_tokens_to_ids
+    assert told["first"] == [id_of("▁a")], "an answer's first word as the model writes it"
+    assert told["fed"] == id_of(["▁a", "b", "▁a"])
+    row = torch.log_softmax(base.row([*id_of(["▁b", "▁a", "b", "▁a", "<0x0A>", "1"])]), 0)
+    assert told["probe"] == pytest.approx([float(row[id_of(token)]) for token in ("▁+", "▁-")], abs=1e-5)
+
+
+def test_the_likelihood_of_a_text_does_not_depend_on_its_steps() -> None:
+    tokenizer = merges()
+    base = TableModel("base", random_table(4, width=len(tokenizer)), memory=4)
+    engine = Engine({"base": Hosted(base, TextModel("base", tokenizer), 4096)}, EngineConfig(block_size=4))
+    steps = ("a b\n", "\n a\n", " b the", " the")
+    ids, answer = tokenizer.encode("ab", add_special_tokens=False), tokenizer.encode("".join(steps))
+    assert answer != [id for step in steps for id in tokenizer.encode(step)], "tokens lie across the steps' ends"
+    texts = (("ab", steps), ("ab", ("".join(steps),)), ("ab", ()))
+    params = score_texts.ScoreTexts(texts, ScorerParams(rule="likelihood"), writer="base")
+    engine._host.make_scorer = engine.served.make_scorer
+    _, usage = answered(engine, score_texts.KIND, params, Sampling(max_tokens=1), "ab")
+    assert usage.search is not None
+    rows = [torch.log_softmax(base.row([*ids, *answer[:i]]), 0) for i in range(len(answer))]
+    want = sum(float(row[id]) for row, id in zip(rows, answer, strict=True))
+    assert [each.score for each in usage.search.candidates] == pytest.approx([want, want, 0.0], abs=1e-3)

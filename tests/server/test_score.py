@@ -64,6 +64,7 @@ def test_scores_by_likelihood_rules_and_vllms_fields() -> None:
         ({"model": "prm", "text_1": "a", "text_2": "b", "scorer": {"regex": "("}}, "scorer.regex", 400),
         ({"model": "prm", "text_1": "a", "text_2": "b", "scorer": {"parts": [{"weight": 2}]}}, "scorer.parts.0", 400),
         ({"model": "prm", "text_1": ["a", "b"], "text_2": ["c"]}, "text_1", 400),
+        ({"model": "prm", "text_1": "a", "text_2": []}, "text_2", 400),
         ({"model": "prm", "text_1": "a"}, None, 400),
         ({"model": "nobody", "text_1": "a", "text_2": "b"}, "model", 404),
         ({"model": "prm", "text_1": "a", "text_2": "b", "scorer": {"x": 1}}, "scorer.x", 400),
@@ -95,6 +96,17 @@ def test_without_a_model_the_first_scorer_is_asked_and_named() -> None:
     answer = ask(SCORE, pair).json()
     assert answer["model"] == "prm"
     assert answer["data"] == ask(SCORE, pair | {"model": "prm"}).json()["data"]
+
+
+def test_a_presets_policy_is_not_scored_by_its_model_alone() -> None:
+    presets = {"p": {"model": "base", "decoding": {"strategy": "proxy_tuning", "expert": "small", "anti": "base"}},
+               "alias": {"model": "base"}}  # fmt: skip
+    pair: dict[str, Any] = {"text_1": "a", "text_2": "b c", "scorer": LIKELIHOOD}
+    error = error_of(ask(SCORE, pair | {"model": "p"}, presets=presets), 400)
+    assert (error["param"], "such as 'base'" in error["message"]) == ("model", True)
+    assert ask(SCORE, pair | {"model": "p", "scorer": {"rule": "length"}}, presets=presets).status_code == 200
+    same = [ask(SCORE, pair | {"model": name}, presets=presets).json()["data"] for name in ("alias", "base")]
+    assert same[0] == same[1]
 
 
 def test_a_server_of_scorers_alone_scores() -> None:

@@ -10,12 +10,14 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 
 from decoding.core import Sampling
 from decoding.search import SEARCHES, searching
 from server.config import ConfigError, load_config
 from server.searching import Bounds
-from tests.server.tables import ask, client_of, make_engine
+from tests.fakes import TableModel
+from tests.server.tables import ask, client_of, letters, make_engine
 from tests.server.test_errors import error_of
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -142,7 +144,9 @@ def test_several_prompts_have_a_report_each() -> None:
     ("body", "param", "words"),
     [
         ({"decoding": {"search": {"kind": "best"}}}, "decoding.search.kind", "Did you mean"),
+        ({"decoding": {"search": {"n": 4}}}, "decoding.search.kind", "Missing"),
         ({"decoding": {"search": "beam"}}, "decoding.search", "must be an object"),
+        ({"decoding": {"search": BEST | {"scorer": {"regex": "(?a)(?u)x"}}}}, "decoding.search.scorer.regex", "flags"),
         ({"decoding": {"search": BEST | {"m": 1}}}, "decoding.search.m", "Unrecognized"),
         ({"decoding": {"search": BEST | {"n": 0}}}, "decoding.search.n", "from 1 to 64"),
         ({"decoding": {"search": BEST | {"n": 65}}}, "decoding.search.n", "from 1 to 64"),
@@ -169,6 +173,55 @@ def test_what_cannot_be_served_is_refused_by_name(body: dict[str, Any], param: s
     error = error_of(ask(TEXT, PLAIN | body), 400)
     assert error["param"] == param
     assert words in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("search", "param"),
+    [
+        ({"kind": "beam_search", "width": 4}, "decoding.search.width"),
+        ({"kind": "reward_search", "k": 4, "scorer": "prm"}, "decoding.search.k"),
+        ({"kind": "deal", "k": 2, "beams": 2, "constraint": {"min_words": 2}}, "decoding.search"),
+        (row({"n": 4, "scorer": "prm"}), "decoding.search.n"),
+    ],
+)
+def test_the_operators_bound_holds_for_every_kind_of_breadth(search: dict[str, Any], param: str) -> None:
+    body = PLAIN | {"max_tokens": 2, "decoding": {"search": search}}
+    error = error_of(ask(TEXT, body, max_candidates=3), 400)
+    assert (error["param"], "at most 3 candidates" in error["message"]) == (param, True)
+    assert ask(TEXT, body, max_candidates=4).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("search", "most"),
+    [
+        ({"kind": "selective", "scorer": {"rule": "length"}, "threshold": 0}, 1),
+        ({"kind": "tree_prompt"}, 1),
+        ({"kind": "reward_search", "k": 2, "scorer": {"rule": "length"}}, 1),
+        ({"kind": "nudging_search", "nudger": "small"}, 1),
+        (STEPS | {"draft": "small"}, 1),
+        ({"kind": "deal", "k": 2, "beams": 2, "constraint": {"min_words": 2}}, 2),
+        ({"kind": "agents"}, 2),
+    ],
+)
+def test_more_choices_than_a_search_can_have_are_refused(search: dict[str, Any], most: int) -> None:
+    body = PLAIN | {"max_tokens": 2, "decoding": {"search": search}}
+    error = error_of(ask(TEXT, body | {"n": most + 1}), 400)
+    assert (error["param"], f"has {most} candidate" in error["message"]) == ("n", True)
+    assert len(ask(TEXT, body | {"n": most}).json()["choices"]) == most
+
+
+@pytest.mark.parametrize("search", [{"kind": "beam_search", "width": 2}, {"kind": "reward_search", "k": 2}])
+def test_tokens_that_a_search_feeds_have_the_best_beside_them(search: dict[str, Any]) -> None:
+    """As many as were asked for, though the search itself looks at fewer."""
+    scorer = {} if search["kind"] == "beam_search" else {"scorer": {"rule": "length"}}
+    body = PLAIN | {"max_tokens": 4, "logprobs": 6, "return_token_ids": True, "decoding": {"search": search | scorer}}
+    choice = ask(TEXT, body).json()["choices"][0]
+    model, ids = TableModel("base", letters(1), memory=5), choice["prompt_token_ids"]
+    assert len(choice["logprobs"]["top_logprobs"]) == len(choice["token_ids"])
+    for token, told in zip(choice["token_ids"], choice["logprobs"]["top_logprobs"], strict=True):
+        best = torch.log_softmax(model.row(ids), 0).topk(6).values.tolist()
+        assert sorted(told.values(), reverse=True)[:6] == pytest.approx(best, abs=1e-4)
+        ids = [*ids, token]
 
 
 def test_strategies_list_the_searches() -> None:
