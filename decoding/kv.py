@@ -111,12 +111,16 @@ class BlockPool:
     def check(self, tables: Iterable[Sequence[int]]) -> None:
         """Assert that counts equal the holders in `tables` and that each block is free, held or cached, once."""
         held = Counter(block for table in tables for block in table)
-        assert all(self._counts[b] == held.get(b, 0) for b in range(self.num_blocks)), "reference counts are off"
-        free, evictable = set(self._free), set(self._evictable)
+        counts = [0] * self.num_blocks
+        for block, holders in held.items():
+            counts[block] = holders
+        assert self._counts == counts, "reference counts are off"
+        free, evictable = set(self._free), self._evictable.keys()
         assert len(free) == len(self._free), "a block is free twice"
-        assert not free & evictable
-        assert free | evictable | set(held) == set(range(self.num_blocks)), "a block is lost"
-        assert not (free | evictable) & set(held)
-        assert {self._block_of[k]: k for k in self._block_of} == self._key_of
-        assert evictable <= set(self._key_of)
-        assert not free & set(self._key_of)
+        assert free.isdisjoint(evictable)
+        assert free.isdisjoint(held)
+        assert evictable.isdisjoint(held)
+        assert len(free) + len(evictable) + len(held) == self.num_blocks, "a block is lost"
+        assert {block: key for key, block in self._block_of.items()} == self._key_of
+        assert evictable <= self._key_of.keys()
+        assert free.isdisjoint(self._key_of)

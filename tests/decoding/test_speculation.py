@@ -14,6 +14,7 @@ from decoding.core import BadRequest, Constraint, EngineConfig, Request, Specula
 from decoding.engine import Engine
 from decoding.events import Delta, Done, Failed
 from decoding.judge import JudgeHead
+from decoding.kv import BlockPool
 from tests.decoding.test_strategies import CASES, WIDTH, Case, models, requests
 from tests.fakes import EOS, TableModel, table_engine
 
@@ -158,8 +159,7 @@ def test_a_drafter_without_memory_leaves_it_to_the_policy() -> None:
     made = drafting(requests(ALL[:1], max_tokens=16), "near", 4, "rejection")
     made = [dataclasses.replace(r, prompts=(tuple(range(60)),)) for r in made]
     engine = table_engine(pools, CONFIG, blocks=30)
-    engine.pools["near"].num_blocks = 3
-    engine.pools["near"]._free = type(engine.pools["near"]._free)(range(3))
+    vars(engine.pools["near"]).update(vars(BlockPool(3, CONFIG.block_size)))
     _, done = play(engine, made)
     assert done["0-plain"].usage.drafted == 0
     assert done["0-plain"].usage.completion_tokens == 16
