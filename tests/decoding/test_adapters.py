@@ -263,7 +263,7 @@ def test_the_compiled_forward_stays_the_bare_models(
     runner.close()
 
 
-@pytest.mark.parametrize("expected", [False, True])
+@pytest.mark.parametrize("expected", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_one_compiled_forward_serves_adapters_that_come_and_go(
     folder: Path, references: dict[str | None, Any], graphs: list[str], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

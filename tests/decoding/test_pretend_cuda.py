@@ -27,6 +27,7 @@ from tests.decoding.test_speculation import ALL, NUDGE, OPEN, PROCESSED, Bracket
 from tests.decoding.test_strategies import requests
 from tests.fakes import table_engine
 from tests.pretend_cuda import CUDA, OnCuda, PretendCuda, on_cuda, pretend
+from tests.thin import thinned
 
 FREE = [case for case in ALL if case is not NUDGE and case[0] != "dynamic_fusion"]  # no solver
 SOLVED = [case for case in ALL if case not in FREE]
@@ -84,8 +85,10 @@ def test_a_tick_waits_once_whatever_is_mixed(changes: dict[str, Any], monkeypatc
         assert once(each), each
 
 
-@pytest.mark.parametrize("accept", ["rejection", "coupled"])
-@pytest.mark.parametrize("draft", ["near", "expert", "ngram"])
+@pytest.mark.parametrize(
+    ("draft", "accept"),
+    thinned((draft, accept) for accept in ("rejection", "coupled") for draft in ("near", "expert", "ngram")),
+)
 def test_a_tick_waits_once_for_its_drafts(draft: str, accept: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = requests(FREE[::4], temperature=1.0, seed=11, top_p=0.95, max_tokens=5)
     made = drafting(made, draft, 3, accept) + other(requests(FREE[1::4], max_tokens=4))
@@ -99,7 +102,7 @@ def test_lossy_rules_mix_no_devices_up(accept: str, monkeypatch: pytest.MonkeyPa
     waits(made, monkeypatch, judges={"base": JudgeHead(torch.tensor([4.0]), 0.0)})
 
 
-@pytest.mark.parametrize("changes", PROCESSED, ids=lambda c: "-".join(c))
+@pytest.mark.parametrize("changes", thinned(([changes] for changes in PROCESSED), start=1))
 def test_processors_mix_no_devices_up(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     made = requests(OPEN[::4], **({"max_tokens": 4, "temperature": 1.0, "seed": 2} | changes))
     made += drafting(other(requests(OPEN[1::8], **({"max_tokens": 4} | changes))), "near", 3, "coupled")

@@ -103,7 +103,7 @@ ROWS: list[Limits] = [
 
 
 @pytest.mark.parametrize("known", [False, True])
-@pytest.mark.parametrize(("width", "asked"), [(1, ROWS[:4]), (2, ROWS[3:6]), (37, ROWS[4:7]), (201, ROWS[3:4])])
+@pytest.mark.parametrize(("width", "asked"), [(1, ROWS[:2]), (2, ROWS[3:5]), (37, ROWS[4:7]), (201, ROWS[3:4])])
 def test_what_is_kept_is_what_sorting_keeps(width: int, asked: list[Limits], known: bool) -> None:
     rows = torch.stack(shapes(width))
     for each in asked:
@@ -112,7 +112,7 @@ def test_what_is_kept_is_what_sorting_keeps(width: int, asked: list[Limits], kno
 
 def test_given_maxima_change_no_cut() -> None:
     rows = torch.stack(shapes(150))
-    for each in ROWS[1::2]:
+    for each in ROWS[2:7:2]:
         given = (rows, torch.arange(len(rows)), 150, *limits(*[each] * len(rows)))
         plain, quick = (cutoffs(*given, best=best, kernel=True) for best in (None, rows.amax(1)))
         assert torch.equal(plain.least, quick.least)
