@@ -16,7 +16,7 @@ from decoding.core import BadRequest, Sampling, says
 from decoding.scorers.spec import STRICT, ScorerSpec
 from decoding.search import beam, best_of_n, revise
 from decoding.search.common import MAX_CANDIDATES, drop, greedy, whole
-from decoding.search.spec import SearchKind
+from decoding.search.spec import SearchKind, check_edits
 from decoding.search.typed import typed
 from decoding.search.verbs import Branch, Fork, Run, Score, Search, Steps, Until
 from decoding.strategies.spec import finite
@@ -169,6 +169,7 @@ def check(params: Auto, sampling: Sampling) -> None:
     for kind, chosen in _reachable(params):
         try:
             kind.check(chosen, sampling)
+            check_edits(kind, sampling)
         except BadRequest as error:
             param = "n" if error.param == "n" else "table"
             raise BadRequest(f"The table's '{kind.name}' cannot be served: {error.message}", param) from error

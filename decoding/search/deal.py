@@ -187,6 +187,7 @@ KIND = SearchKind(
     "argmax lp(y_1..t) + weight · h(y_1..t and l greedy tokens) over the k likeliest y_t",
     check,
     scorers=lambda params: (params.scorer, params.constraint),
+    by_rank=True,
     abreast=lambda params: params.k * params.beams,
     answers=lambda params: params.beams,
     needs=("scorer: what scores a text, or a constraint",),

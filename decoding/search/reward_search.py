@@ -74,6 +74,7 @@ KIND = SearchKind(
     "argmax lp(v) + weight · reward(y_<t, v) over the k likeliest v",
     check,
     scorers=lambda params: (params.scorer,),
+    by_rank=True,
     abreast=lambda params: params.k,
     answers=lambda _params: 1,
     needs=("scorer: a reward of texts",),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from decoding.core import SCORERS, BadRequest, Program, Sampling, SearchPlan
 from decoding.search import SEARCHES, known_searches
+from decoding.search.spec import check_edits
 
 if TYPE_CHECKING:
     from decoding.prepare import Entry
@@ -42,6 +43,7 @@ def settle_search(
             "temperature 0. Give a temperature above 0, or leave it out.",
             "temperature",
         )
+    check_edits(kind, sampling)
     most = kind.answers(plan.params)
     if most is not None and n > most:
         raise BadRequest(f"n is {n}, and the search has {most} candidate{'s' * (most > 1)}.", "n")

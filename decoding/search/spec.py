@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from decoding.core import Sampling
+from decoding.core import BadRequest, Sampling
 from decoding.scorers.spec import ScorerSpec
 from decoding.search.verbs import Search, Steps
 
@@ -29,7 +29,8 @@ class SearchKind:
     not served. temperature: the default when the request has none; None leaves OpenAI's. independent: how many
     samples of one distribution it takes, which at temperature 0 would all be the same. abreast: how many hypotheses it
     has side by side, where that is more. answers: how many candidates it can end with, where no `n` says so; None: as
-    many as it comes to. formula: what it does, as an expression.
+    many as it comes to. by_rank: it chooses among the policy's likeliest tokens, which what edits rows (penalties,
+    logit_bias) does not change. formula: what it does, as an expression.
     """
 
     name: str
@@ -44,5 +45,13 @@ class SearchKind:
     independent: Callable[[Any], int] = lambda _params: 1
     abreast: Callable[[Any], int] = lambda _params: 1
     answers: Callable[[Any], int | None] = lambda params: getattr(params, "n", None)
+    by_rank: bool = False
     needs: tuple[str, ...] = ()
     paper: str = ""
+
+
+def check_edits(kind: SearchKind, sampling: Sampling) -> None:
+    """Raises BadRequest for what edits the rows that tokens are drawn from, where a search does not draw from them."""
+    for name in ("logit_bias", "presence_penalty", "frequency_penalty", "repetition_penalty"):
+        if kind.by_rank and getattr(sampling, name) != getattr(Sampling(), name):
+            raise BadRequest(f"'{kind.name}' ranks tokens by the policy's own log-probs. Leave out {name}.", name)

@@ -137,6 +137,7 @@ KIND = SearchKind(
     run,
     "argmax Σ lp / length^length_penalty among `width` beams",
     check,
+    by_rank=True,
     abreast=lambda params: params.width,
     paper="vLLM's use_beam_search; Graves 2012, arXiv:1211.3711",
 )

@@ -26,7 +26,7 @@ from decoding.core import Request as EngineRequest
 from decoding.events import Done, Failed, SearchReport
 from decoding.prepare import Catalog
 from decoding.scorers.build import what_is_set
-from decoding.scorers.spec import ScorerSpec
+from decoding.scorers.spec import ScorerParams, ScorerSpec
 from decoding.search import score_texts
 from decoding.text import Chat, Prompt
 from server.answers import number
@@ -95,7 +95,8 @@ async def score(request: Request, services: Shared) -> Any:
 def _job(body: ScoreBody, services: Services, key: str) -> ScoreJob:
     """The request whose search scores the texts. Nothing is computed but what scorers read."""
     served = services.served
-    name = body.model or next((id for id, each in served.catalog.items() if each.info.kind in SCORERS), None)
+    asked = None if body.scorer is None else scorer_in_full(body.scorer, "scorer")
+    name = body.model or _by_default(asked, services)
     if name is None:
         raise BadRequest("No scorer is served by default here: name a 'model'.", "model")
     model = served.presets[name].model if name in served.presets else name
@@ -104,8 +105,7 @@ def _job(body: ScoreBody, services: Services, key: str) -> ScoreJob:
     writers = [id for id, each in served.catalog.items() if each.info.kind not in SCORERS]
     writer = model if model in writers else next(iter(writers), next(iter(served.catalog)))
     scorer: ScorerSpec = model
-    if body.scorer is not None:
-        asked = scorer_in_full(body.scorer, "scorer")
+    if asked is not None:
         scorer = replace(asked, model=model) if not what_is_set(asked) else asked
     param = "input" if body.input is not None else "text_2"
     texts = _texts(body)
@@ -128,6 +128,15 @@ def _job(body: ScoreBody, services: Services, key: str) -> ScoreJob:
     id = f"score-{uuid.uuid4().hex}"
     made = EngineRequest(id, program, ((0,),), Sampling(max_tokens=1), writer, 1, salt=salt, prompt="")
     return ScoreJob(name, made, param)
+
+
+def _by_default(scorer: ScorerParams | None, services: Services) -> str | None:
+    """The model that a request without one means: its scorer's, or the first that scores; for a rule, the default."""
+    served = services.served
+    if scorer is None or not what_is_set(scorer):
+        return next((id for id, each in served.catalog.items() if each.info.kind in SCORERS), None)
+    named = (leaf.model or leaf.remote for leaf in leaves(scorer))
+    return next((name for name in named if name in served.catalog or name in served.remotes), served.names[0])
 
 
 def _alone(model: str) -> Policy:

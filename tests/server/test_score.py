@@ -98,6 +98,28 @@ def test_without_a_model_the_first_scorer_is_asked_and_named() -> None:
     assert answer["data"] == ask(SCORE, pair | {"model": "prm"}).json()["data"]
 
 
+@pytest.mark.parametrize(
+    ("scorer", "model"),
+    [
+        ({"model": "prm"}, "prm"),
+        ({"model": "small", "question": "Is {answer} right?"}, "small"),
+        ({"rule": "length"}, "base"),
+        (LIKELIHOOD, "base"),
+        ({"parts": [{"rule": "length"}, {"rule": "mean_likelihood"}, {"model": "small"}]}, "small"),
+    ],
+)
+def test_without_a_model_that_of_the_scorer_is_meant(scorer: dict[str, Any], model: str) -> None:
+    pair = {"text_1": "a", "text_2": "b c", "scorer": scorer}
+    answer = ask(SCORE, pair).json()
+    assert answer["model"] == model
+    assert answer["data"] == ask(SCORE, pair | {"model": model}).json()["data"]
+
+
+def test_a_scorer_that_is_not_served_is_the_one_to_name() -> None:
+    error = error_of(ask(SCORE, {"text_1": "a", "text_2": "b", "scorer": {"model": "rm"}}), 400)
+    assert (error["param"], "'rm'" in error["message"]) == ("scorer", True)
+
+
 def test_a_presets_policy_is_not_scored_by_its_model_alone() -> None:
     presets = {"p": {"model": "base", "decoding": {"strategy": "proxy_tuning", "expert": "small", "anti": "base"}},
                "alias": {"model": "base"}}  # fmt: skip

@@ -24,6 +24,9 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 PAGE = (Path(__file__).parents[2] / "docs/search.md").read_text()
 PLAIN: dict[str, Any] = {"model": "base", "prompt": "once upon", "max_tokens": 12, "seed": 7}
 STEPS = {"kind": "step_speculative", "scorer": "prm"}
+WIDE = {"kind": "beam_search", "width": 2}
+RANKED = {"kind": "reward_search", "k": 2, "scorer": {"rule": "length"}}
+AHEAD = {"kind": "deal", "k": 2, "constraint": {"min_words": 2}}
 BEST = {"kind": "best_of_n", "n": 4, "scorer": "prm", "candidates": True}
 
 
@@ -32,7 +35,8 @@ AUTO: dict[str, Any] = {"kind": "auto", "n": 4}
 
 def row(params: dict[str, Any]) -> dict[str, Any]:
     """A search that leads to one with these parameters."""
-    return AUTO | {"table": [{"kind": "best_of_n", "params": params}]}
+    kind = params.get("kind", "best_of_n")
+    return AUTO | {"table": [{"kind": kind, "params": {k: v for k, v in params.items() if k != "kind"}}]}
 
 
 def test_the_winner_is_the_first_choice_and_everything_is_reported() -> None:
@@ -165,6 +169,10 @@ def test_several_prompts_have_a_report_each() -> None:
         ({"decoding": {"search": BEST}, "n": 5}, "n", "4 candidates"),
         ({"decoding": {"search": BEST}, "echo": True}, "echo", "echo"),
         ({"decoding": {"search": BEST}, "max_tokens": 0}, "max_tokens", "at least 1"),
+        ({"decoding": {"search": WIDE}, "logit_bias": {"65": 5}}, "logit_bias", "'beam_search' ranks"),
+        ({"decoding": {"search": RANKED}, "presence_penalty": 0.5}, "presence_penalty", "'reward_search' ranks"),
+        ({"decoding": {"search": AHEAD}, "repetition_penalty": 1.1}, "repetition_penalty", "'deal' ranks"),
+        ({"decoding": {"search": row(AHEAD)}, "logit_bias": {"65": 5}}, "decoding.search.table", "'deal' ranks"),
         ({"decoding": {"search": BEST, "strategy": "best_of_n"}}, "decoding.strategy", "not both"),
         ({"model": "prm"}, "model", "scorer"),
     ],
@@ -173,6 +181,11 @@ def test_what_cannot_be_served_is_refused_by_name(body: dict[str, Any], param: s
     error = error_of(ask(TEXT, PLAIN | body), 400)
     assert error["param"] == param
     assert words in error["message"]
+
+
+def test_biases_that_change_nothing_are_no_reason_to_refuse() -> None:
+    body = PLAIN | {"max_tokens": 2, "decoding": {"search": WIDE}, "logit_bias": {}, "presence_penalty": 0}
+    assert ask(TEXT, body).status_code == 200
 
 
 @pytest.mark.parametrize(
