@@ -51,6 +51,7 @@ class ScriptedSearch:
     live: set[Branch] = field(default_factory=set)
     generated: int = 0
     exhausted: str | None = None
+    context: float = float("inf")  # characters that a prompt is shorter than
     ends: tuple[int, ...] = (ord("$"),)
     foreign: Sequence[str] = ()  # models with a tokenizer of their own
     stops: str = ""  # characters that end a text when they are fed, as a stop string's last one does
@@ -98,6 +99,8 @@ class ScriptedSearch:
         if isinstance(verb, Open):
             name = verb.program.strategy if isinstance(verb.program, Program) else verb.program
             self._note("open", name, verb.prompt)
+            if verb.optional and isinstance(verb.prompt, str) and len(verb.prompt) >= self.context:
+                return None
             branch = Branch(model=name or "base")
             self.live.add(branch)
             self._origin[branch] = verb.prompt

@@ -5,7 +5,9 @@ Motwani et al. 2024, MALT: Improving Reasoning with Multi-Agent LLM Training, ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Generator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from decoding.core import Sampling, says
 from decoding.search.common import concluded, drop, ranked
@@ -38,6 +40,8 @@ Write the final answer to the question. Keep what is right in the proposed answe
 Final answer:
 """
 
+TOO_LONG = "The answer was not refined: with it, the next agent's prompt does not fit into the context."
+
 
 @dataclass(frozen=True, slots=True)
 class Agents:
@@ -63,19 +67,30 @@ def run(search: Search, params: Agents) -> Steps:
     yield Run(answer)
     search.progress("an answer is there", tokens=len(answer.tokens))
     found = {"question": question(search.prompt), "answer": answer.text, "review": ""}
+    review: Branch | None = None
     if not search.exhausted:
-        review: Branch = yield Open(asked(search.prompt, filled(params.verify, found)), params.verifier)
-        yield Run(review)
-        yield from drop([review])
-        found["review"] = review.text
-        search.progress("it is reviewed", tokens=len(review.tokens))
+        review = yield from _written(search, filled(params.verify, found), params.verifier)
+        if review is not None:
+            yield from drop([review])
+            found["review"] = review.text
+            search.progress("it is reviewed", tokens=len(review.tokens))
     candidates = [Candidate(answer, note="not refined")]
-    if not search.exhausted:
-        refined: Branch = yield Open(asked(search.prompt, filled(params.refine, found)), params.refiner)
-        yield Run(refined)
-        if refined.tokens or not search.exhausted:  # a bound may have left no room for it
+    refined = None
+    if review is not None and not search.exhausted:
+        refined = yield from _written(search, filled(params.refine, found), params.refiner)
+        if refined is not None and (refined.tokens or not search.exhausted):  # a bound may have left no room for it
             candidates.insert(0, Candidate(refined))
-    return concluded(search, ranked(candidates), details={"answer": answer.text, "review": found["review"]})
+    outcome = concluded(search, ranked(candidates), details={"answer": answer.text, "review": found["review"]})
+    cut = refined is None and not search.exhausted
+    return replace(outcome, reason=outcome.reason or TOO_LONG) if cut else outcome
+
+
+def _written(search: Search, text: str, model: str | None) -> Generator[Any, Any, Branch | None]:
+    """What a model says to a text; None if that does not fit into its context."""
+    branch: Branch | None = yield Open(asked(search.prompt, text), model, optional=True)
+    if branch is not None:
+        yield Run(branch)
+    return branch
 
 
 def check(params: Agents, _sampling: Sampling) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from decoding.core import AcceptKind, Sampling, Speculation
+from decoding.core import AcceptKind, BadRequest, Sampling, Speculation
 from decoding.draft import MAX_DRAFTS
 from decoding.events import Delta, TokenLogprob
 from decoding.lookup import Lookup, Source
@@ -206,8 +206,13 @@ class Driver:
 
     def _open(self, verb: Open) -> Work:
         yield from ()
+        try:
+            state = self._host.open(self.group, verb.prompt, verb.program, verb.sampling or self.sampling)
+        except BadRequest as error:
+            if verb.optional and error.code == "context_length_exceeded":
+                return None
+            raise
         within = bool(self._left.take())
-        state = self._host.open(self.group, verb.prompt, verb.program, verb.sampling or self.sampling)
         self._opened += 1
         state.path = (-self._opened,)
         branch = Branch(state.path, model=state.group.request.text_model)

@@ -20,6 +20,8 @@ from decoding.search.voting import weighted
 
 REQUEST = "Go through the answer above, find what is wrong or could be better in it, and write an improved answer."
 
+TOO_LONG = "A chain ended early: what its next answer would have been shown does not fit into the context."
+
 
 @dataclass(frozen=True, slots=True)
 class Revise:
@@ -42,22 +44,28 @@ class Revise:
 def run(search: Search, params: Revise) -> Steps:
     """Every answer but a chain's first is asked for with the earlier ones of its chain shown."""
     chains = [[branch] for branch in (yield from sample(search, params.chains))]
+    going = chains
     for length in range(2, params.length + 1):
-        if search.exhausted:
+        if search.exhausted or not going:
             break
-        shown = [[branch.text for branch in chain[-params.context :]] for chain in chains]
-        revisions: list[Branch] = yield [Open(continued(search.prompt, texts, params.request)) for texts in shown]
-        yield [Run(branch) for branch in revisions]
-        for chain, revision in zip(chains, revisions, strict=True):
+        shown = [[branch.text for branch in chain[-params.context :]] for chain in going]
+        prompts = [continued(search.prompt, texts, params.request) for texts in shown]
+        opened: list[Branch | None] = yield [Open(prompt, optional=True) for prompt in prompts]
+        revisions = {i: branch for i, branch in enumerate(opened) if branch is not None}
+        if revisions:
+            yield [Run(branch) for branch in revisions.values()]
+        for i, revision in revisions.items():
             if revision.tokens or not search.exhausted:  # a bound may have left no room for it
-                chain.append(revision)
+                going[i].append(revision)
+        going = [going[i] for i in revisions]
         search.progress(f"answer {length} of {params.length}", answers=length)
     answers = [branch for chain in chains for branch in chain]
     if params.scorer is None:
         found = by_majority(answers, params.answer if params.answer_regex is None else params.answer_regex)
     else:
         found = ranked((yield from _scored(search, params, answers)))
-    return concluded(search, found, details={"chains": [[branch.text for branch in chain] for chain in chains]})
+    outcome = concluded(search, found, details={"chains": [[branch.text for branch in chain] for chain in chains]})
+    return outcome if len(going) == len(chains) else replace(outcome, reason=outcome.reason or TOO_LONG)
 
 
 def _scored(search: Search, params: Revise, answers: Sequence[Branch]) -> Generator[Any, Any, list[Candidate]]:

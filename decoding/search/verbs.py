@@ -72,12 +72,14 @@ class Until:
 class Open:
     """A new root: `prompt` under `program`, a model's id for that model alone, None for the request's own program.
 
-    sampling: None for the search's own; `max_tokens` of it bounds this branch.
+    sampling: None for the search's own; `max_tokens` of it bounds this branch. optional: None instead of a branch where
+    the prompt does not fit into the context, which is else an error of the whole search.
     """
 
     prompt: Prompt
     program: Program | str | None = None
     sampling: Sampling | None = None
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

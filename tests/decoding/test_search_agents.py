@@ -56,6 +56,16 @@ def test_a_budget_leaves_the_answer_that_there_is() -> None:
     assert [c.branch.text for c in outcome.candidates] == ["own", "go"]
 
 
+@pytest.mark.parametrize(("context", "said"), [(6, ["own"]), (11, ["own"]), (15, ["good", "own"])])
+def test_what_does_not_fit_leaves_the_answer_that_there_is(context: int, said: list[str]) -> None:
+    search = ScriptedSearch(Script(of=speakers), context=context)
+    params = Agents(None, "v", "r", verify="{question} {answer}: ?", refine="{question} {answer} {review}: !")
+    outcome = search.drive(agents.run(search, params))
+    assert [c.branch.text for c in outcome.candidates] == said
+    assert outcome.reason == ("" if len(said) == 2 else agents.TOO_LONG)
+    assert search.live == {c.branch for c in outcome.candidates}
+
+
 @pytest.mark.parametrize(
     ("params", "param"), [(Agents(verify="Check it."), "verify"), (Agents(refine="{answer}"), "refine")]
 )

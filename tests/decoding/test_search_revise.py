@@ -102,6 +102,20 @@ def test_budgets_end_it_with_the_answers_that_there_are() -> None:
     ]
 
 
+def test_a_chain_that_does_not_fit_any_more_ends_and_the_others_go_on() -> None:
+    script = Script(of=lambda model, prompt: Script(go=lambda text, index, greedy: answers[(str(prompt), index)] + "$"))
+    answers = {("Q", 0): "long 7", ("Q", 1): "3", ("Q3\n\nAgain.\n\n", 0): "7"}
+    search = ScriptedSearch(script, context=14)
+    outcome = search.drive(revise.run(search, Revise(chains=2, length=2, request="Again.")))
+    assert outcome.details["chains"] == [["long 7"], ["3", "7"]]
+    assert (outcome.candidates[0].branch.text, outcome.candidates[0].score) == ("long 7", 2.0)
+    assert outcome.reason == revise.TOO_LONG
+    search = ScriptedSearch(tables(), context=5)
+    outcome = search.drive(revise.run(search, Revise(length=4)))
+    assert (outcome.details["chains"], outcome.reason) == ([["It is 1."]], revise.TOO_LONG)
+    assert len([call for batch in search.calls for call in batch if call[0] == "open"]) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [

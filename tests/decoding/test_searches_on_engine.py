@@ -227,6 +227,19 @@ def test_nudging_always_is_the_nudger_alone(engine: Engine) -> None:
     assert made.text == plain.text
 
 
+def test_answers_that_leave_no_room_for_another_are_kept(engine: Engine) -> None:
+    """Texts of 512 tokens at most: the fourth prompt, with three answers in it, is too long."""
+    sampling = Sampling(max_tokens=200, seed=1, logit_bias=((EOS, -100.0),))
+    made, usage = answered(engine, revise.KIND, revise.Revise(length=4, request="Again."), sampling)
+    assert usage.search is not None
+    assert [len(text) for text in dict(usage.search.details)["chains"][0]] == [200, 200, 73]
+    assert (made.finish_reason, len(usage.search.candidates)) == ("length", 3)
+    params = agents.Agents(verify="{answer}" * 3, refine="{answer}{review}")
+    made, usage = answered(engine, agents.KIND, params, sampling)
+    assert usage.search is not None
+    assert [each.note for each in usage.search.candidates] == ["not refined"]
+
+
 def test_token_ids_cannot_be_rewritten(engine: Engine) -> None:
     with pytest.raises(BadRequest, match="not token ids"):
         answered(engine, revise.KIND, revise.Revise(), Sampling(max_tokens=5), (1, 2, 3))
