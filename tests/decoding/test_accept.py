@@ -137,6 +137,7 @@ def _forget(members: list[Sequence]) -> None:
         member.draft.tokens[0] = 3
 
 
+@pytest.mark.slow
 def test_a_wrong_normaliser_is_seen() -> None:
     """Accepting with q scaled by 0.9, as if the draft were rarer than it is, biases the text: the test must see it."""
 
@@ -148,6 +149,7 @@ def test_a_wrong_normaliser_is_seen() -> None:
     assert first_two(passes(WARM, "rejection", MANY, change=scale), WARM) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_shared_noise_lane_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were the residual drawn with the draft's own noise, the text would be biased: the test must see it."""
     key = Position.key

@@ -127,7 +127,7 @@ def test_grammars_bind_the_same(kernels: Kernels) -> None:
     agree(said(kernels, made), said("host", made))
 
 
-@pytest.mark.parametrize("kernels", BOTH)
+@pytest.mark.parametrize("kernels", [pytest.param("triton", marks=pytest.mark.slow), "reference"])
 def test_cuts_are_told_the_maxima_of_rows_without_processors(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[bool] = []
     right: list[bool] = []  # an assertion in there would only be a batch that failed

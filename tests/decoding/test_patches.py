@@ -20,6 +20,7 @@ import decoding.runner
 from decoding.hosting import SpanInput
 from decoding.patches import patch
 from decoding.runner import Runner
+from tests.thin import thinned
 from tests.tiny import tiny_model
 from tests.triton_kernels.mutate import mutated
 from triton_kernels import rms_norm, rope, swiglu
@@ -75,8 +76,9 @@ def distance(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm()) / torch.finfo(want.dtype).eps
 
 
-@pytest.mark.parametrize("arch", PATCHED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("arch", "dtype"), thinned((arch, dtype) for dtype in (torch.float32, torch.bfloat16) for arch in PATCHED)
+)
 def test_patched_models_are_what_they_were(arch: str, dtype: torch.dtype) -> None:
     """A layer and a norm of some ten roundings that may fall another way; in bf16 the interpreter cuts off instead."""
     model = small(arch).to(dtype)

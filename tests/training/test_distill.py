@@ -82,7 +82,7 @@ def test_distill_from_the_command_line(target: Path, tmp_path: Path) -> None:
     [
         ({"loss": "kl"}, 0.8),
         pytest.param({"loss": "lk"}, 0.8, marks=pytest.mark.slow),
-        ({"loss": "lk", "lk_decay": 2.0}, 0.8),
+        pytest.param({"loss": "lk", "lk_decay": 2.0}, 0.8, marks=pytest.mark.slow),
         ({"loss": "tvd"}, 0.5),  # its gradient vanishes where the drafter gives next to nothing
     ],
 )

@@ -46,7 +46,7 @@ def test_it_learns(counting: Rows) -> None:
     assert outcome.tokens == 220 * 4 * 12
 
 
-@pytest.mark.parametrize("killed", [1, 100, 173])
+@pytest.mark.parametrize("killed", [1, pytest.param(100, marks=pytest.mark.slow), 173])
 def test_a_resumed_run_equals_an_uninterrupted_one(counting: Rows, tmp_path: Path, killed: int) -> None:
     whole, first, second = tiny(), tiny(), tiny()
     expected = run(whole, counting)

@@ -234,6 +234,7 @@ def test_how_often_a_row_is_read(asked: Limits, plain: int, quick: int, tmp_path
     assert (reads(asked, False, tmp_path), reads(asked, True, tmp_path)) == (plain, quick)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "asked", "known"),
     [

@@ -200,6 +200,7 @@ def test_what_does_not_fit_is_refused() -> None:
         distill_loss(hidden, weight, bias, target, "kl", chunk=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [

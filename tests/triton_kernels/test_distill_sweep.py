@@ -161,6 +161,7 @@ def test_what_does_not_fit_is_refused() -> None:
         chunked_cross_entropy(hidden, weight, bias, torch.zeros(4, dtype=torch.long))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [

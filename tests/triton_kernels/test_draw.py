@@ -168,6 +168,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         draw(z, t, cut, some_keys(2), None, Residual(torch.zeros(1, 6), t.int(), t.int()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new"),
     [

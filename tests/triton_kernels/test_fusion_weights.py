@@ -168,6 +168,7 @@ def test_rows_that_do_not_fit_are_refused() -> None:
         fusion_weights(base, small, [], 2.0, 0.1, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new"),
     [

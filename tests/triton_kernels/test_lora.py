@@ -132,6 +132,7 @@ MUTATIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("old", "new", "where"), MUTATIONS)
 def test_broken_kernels_fail(old: str, new: str, where: str, tmp_path: Path) -> None:
     broken = mutated(lora.__file__, old, new, tmp_path).lora_

@@ -195,6 +195,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         mix(rows, index, WIDTH, torch.ones(N, 3), [0, 1, 2], bits=torch.zeros(1, 2, dtype=torch.int32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "name"),
     [

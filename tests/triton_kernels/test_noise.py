@@ -45,6 +45,7 @@ def test_noise_is_the_engines() -> None:
     assert torch.allclose(g, engine_gumbel(keys(), IDS[None]), rtol=3e-7, atol=3e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new"), [("h ^= h >> 15", "h ^= h >> 14"), ("h >> 9", "h >> 8"), ("_mix32(_mix32(h)", "_mix32((h)")]
 )

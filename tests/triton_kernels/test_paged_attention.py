@@ -220,6 +220,7 @@ MUTATIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("old", "new"), MUTATIONS)
 def test_broken_kernels_are_found(old: str, new: str, tmp_path: Path) -> None:
     broken = mutated(triton_kernels.paged_attention.__file__, old, new, tmp_path).paged_attention

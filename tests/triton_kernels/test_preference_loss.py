@@ -162,6 +162,7 @@ def test_what_does_not_fit_is_refused() -> None:
         preference_loss(hidden, weight, targets, targets, 2, 0.1, torch.zeros(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new"),
     [

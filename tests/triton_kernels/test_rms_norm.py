@@ -76,6 +76,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         rms_norm(torch.zeros(2, 8).bfloat16(), torch.zeros(8), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new"),
     [

@@ -114,6 +114,7 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     assert rope(q[:0], k[:0], cos[:0], sin[:0], kernel=True)[0].shape == (0, 3, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new"),
     [

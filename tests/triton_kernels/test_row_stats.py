@@ -47,6 +47,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         row_stats(torch.zeros(2, 8), torch.arange(2), 9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new"),
     [

@@ -145,6 +145,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         verify(torch.zeros(3, dtype=torch.bool), torch.zeros(3).int(), torch.zeros(3, dtype=torch.bool))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new"),
     [

@@ -60,6 +60,7 @@ MUTATIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("old", "new"), MUTATIONS)
 def test_broken_kernels_are_found(old: str, new: str, tmp_path: Path) -> None:
     store = mutated(triton_kernels.store_kv.__file__, old, new, tmp_path).store_kv

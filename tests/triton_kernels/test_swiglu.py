@@ -74,6 +74,7 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         swiglu(torch.zeros(2), activation="relu")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new"),
     [

@@ -69,6 +69,7 @@ def test_what_does_not_fit_is_refused() -> None:
         top_logprobs(x, index, 51, torch.zeros(2), index, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new"),
     [
