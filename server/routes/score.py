@@ -131,12 +131,14 @@ def _job(body: ScoreBody, services: Services, key: str) -> ScoreJob:
 
 
 def _by_default(scorer: ScorerParams | None, services: Services) -> str | None:
-    """The model that a request without one means: its scorer's, or the first that scores; for a rule, the default."""
+    """The model that a request without one means: its scorer's, or the first that scores; for a rule, the default's."""
     served = services.served
     if scorer is None or not what_is_set(scorer):
         return next((id for id, each in served.catalog.items() if each.info.kind in SCORERS), None)
     named = (leaf.model or leaf.remote for leaf in leaves(scorer))
-    return next((name for name in named if name in served.catalog or name in served.remotes), served.names[0])
+    default = served.names[0]
+    writer = served.presets[default].model if default in served.presets else default
+    return next((name for name in named if name in served.catalog or name in served.remotes), writer)
 
 
 def _alone(model: str) -> Policy:

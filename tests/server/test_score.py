@@ -115,6 +115,13 @@ def test_without_a_model_that_of_the_scorer_is_meant(scorer: dict[str, Any], mod
     assert answer["data"] == ask(SCORE, pair | {"model": model}).json()["data"]
 
 
+def test_where_the_default_is_a_preset_its_model_is_meant() -> None:
+    pair = {"text_1": "a", "text_2": "b c", "scorer": LIKELIHOOD}
+    answer = ask(SCORE, pair, defaults={"model": "base@best"}).json()
+    assert answer["model"] == "base"
+    assert answer["data"] == ask(SCORE, pair | {"model": "base"}).json()["data"]
+
+
 def test_a_scorer_that_is_not_served_is_the_one_to_name() -> None:
     error = error_of(ask(SCORE, {"text_1": "a", "text_2": "b", "scorer": {"model": "rm"}}), 400)
     assert (error["param"], "'rm'" in error["message"]) == ("scorer", True)
