@@ -7,6 +7,7 @@ answers in one way; `group` puts them together, with sympy's help where an answe
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import re
 import threading
@@ -216,7 +217,7 @@ def _key(normalised: str) -> str:
 def _has_sympy() -> bool:
     """Whether there is sympy. It is imported here, so that no expression's time is spent on that."""
     try:
-        import sympy.parsing.sympy_parser  # type: ignore[import-untyped]  # noqa: F401
+        importlib.import_module("sympy.parsing.sympy_parser")
     except ImportError:
         return False
     return True
@@ -239,8 +240,12 @@ def _canonical(text: str) -> str:
 
     Only characters that `_is_expression` lets through get here; names are symbols of our own.
     """
-    import sympy
-    from sympy.parsing.sympy_parser import implicit_multiplication, parse_expr, standard_transformations
+    import sympy  # type: ignore[import-untyped]
+    from sympy.parsing.sympy_parser import (  # type: ignore[import-untyped]
+        implicit_multiplication,
+        parse_expr,
+        standard_transformations,
+    )
 
     names = {letter: sympy.Symbol(letter) for letter in "abcdefghijklmnopqrstuvwxyz"}
     names |= {"pi": sympy.pi, "sqrt": sympy.sqrt}

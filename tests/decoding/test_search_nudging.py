@@ -83,7 +83,7 @@ def test_words_go_over_as_text_and_the_nudger_is_told_what_the_base_said() -> No
     assert search.live == {only.branch}
 
 
-def test_the_nudger_is_told_everything_once() -> None:
+def test_the_nudger_is_told_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one whose texts lose the space that they begin with: the base says " b" and " c"."""
     script = tables(
         lambda text: (" b c$"[len(text)], 0.1 if text in (" b", " b c") else 0.9),
@@ -97,7 +97,7 @@ def test_the_nudger_is_told_everything_once() -> None:
             verb = replace(verb, tokens=str(verb.tokens).lstrip())
         return done(verb)
 
-    search._do = do  # type: ignore[method-assign]
+    monkeypatch.setattr(search, "_do", do)
     search.drive(nudging_search.run(search, PARAMS))
     told = [call for batch in search.calls for call in batch if call[0] == "feed" and call[1] in ("", "b")]
     assert told[-2:] == [("feed", "", "b"), ("feed", "b", " c")]

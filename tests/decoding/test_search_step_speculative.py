@@ -155,7 +155,9 @@ def test_steps_end_the_search() -> None:
 
 
 @pytest.mark.parametrize("params", [RSD, GSI])
-def test_where_the_small_model_has_no_room_left_the_base_goes_on(params: StepSpeculative) -> None:
+def test_where_the_small_model_has_no_room_left_the_base_goes_on(
+    params: StepSpeculative, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The small model's context ends after four tokens; the base's does not."""
     script = tables({"": "s1.", "s1.": "s2."}, {"s1.s": "b.$"}, lambda steps: [1.0])
     search = ScriptedSearch(script)
@@ -167,7 +169,7 @@ def test_where_the_small_model_has_no_room_left_the_base_goes_on(params: StepSpe
             verb = replace(verb, sampling=Sampling(temperature=0.7, max_tokens=4))
         return opened(verb)
 
-    search._do = do  # type: ignore[method-assign]
+    monkeypatch.setattr(search, "_do", do)
     outcome = search.drive(steps)
     (only,) = outcome.candidates
     assert (only.branch.text, only.branch.model, only.branch.finished) == ("s1.sb.", "base", "stop")

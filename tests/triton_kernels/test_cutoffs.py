@@ -103,16 +103,27 @@ ROWS: list[Limits] = [
 
 
 @pytest.mark.parametrize("known", [False, True])
-@pytest.mark.parametrize(("width", "asked"), [(1, ROWS[:2]), (2, ROWS[3:5]), (37, ROWS[4:7]), (201, ROWS[3:4])])
+@pytest.mark.parametrize(
+    ("width", "asked"),
+    [
+        (1, ROWS[:2]),
+        (2, ROWS[3:5]),
+        (37, ROWS[4:7]),
+        (201, ROWS[3:4]),
+        pytest.param(1, ROWS[2:4], marks=pytest.mark.slow),
+        pytest.param(2, ROWS[5:6], marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_kept_is_what_sorting_keeps(width: int, asked: list[Limits], known: bool) -> None:
     rows = torch.stack(shapes(width))
     for each in asked:
         check(rows, torch.arange(len(rows)), width, [each] * len(rows), known=known)
 
 
-def test_given_maxima_change_no_cut() -> None:
+@pytest.mark.parametrize("asked", [ROWS[3:6:2], pytest.param([*ROWS[1::2], *ROWS[2:7:2]], marks=pytest.mark.slow)])
+def test_given_maxima_change_no_cut(asked: list[Limits]) -> None:
     rows = torch.stack(shapes(150))
-    for each in ROWS[2:7:2]:
+    for each in asked:
         given = (rows, torch.arange(len(rows)), 150, *limits(*[each] * len(rows)))
         plain, quick = (cutoffs(*given, best=best, kernel=True) for best in (None, rows.amax(1)))
         assert torch.equal(plain.least, quick.least)
